@@ -1,0 +1,12 @@
+"""The two exception types that reach a user for bad input; everything else that escapes is a defect of gptfast."""
+
+
+class Error(ValueError):
+    """Bad input: one line that names the thing, the value and what is allowed."""
+
+
+class LoadError(Error, OSError):
+    """A file or folder that cannot be read as what it should be: missing, truncated, of another version, malformed."""
+
+    def __str__(self) -> str:  # OSError's own __str__ would print "[Errno ...]" pieces when given two arguments
+        return str(self.args[0]) if self.args else ""

@@ -1,0 +1,65 @@
+"""Layer normalisation over the last dimension (Ba, Kiros, Hinton 2016, arXiv:1607.06450).
+
+    y = (x - mean) * rstd * weight + bias,   mean = sum(x) / C,   rstd = 1 / sqrt(sum((x - mean)^2) / C + eps)
+
+x [N, C] fp32|bf16|fp16 (eager also fp64); weight, bias [C] in x's dtype or fp32, or None; mean, rstd [N] fp32 (fp64 for fp64).
+Backward, with xhat = (x - mean) * rstd and g = dy * weight:
+
+    dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),   dweight = sum over rows of dy * xhat,   dbias = sum over rows of dy
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptfast import backend
+from gptfast.errors import Error
+
+
+def eager(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """The definition: PyTorch's own layer_norm, differentiated by plain autograd. x [..., C] -> [..., C] in x's dtype."""
+    same = all(p is None or p.dtype == x.dtype for p in (weight, bias))
+    compute = x if same else x.float()
+    scale, shift = (None if p is None else p.to(compute.dtype) for p in (weight, bias))
+    with torch.autocast(x.device.type, enabled=False):  # autocast would turn a bf16 x into an fp32 result
+        return F.layer_norm(compute, x.shape[-1:], scale, shift, eps).to(x.dtype)
+
+
+class _Fast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        y, mean, rstd = backend.impl("layer_norm", name).forward(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.name, ctx.bias_dtype = name, None if bias is None else bias.dtype
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight, mean, rstd = ctx.saved_tensors
+        dx, dweight, dbias = backend.impl("layer_norm", ctx.name).backward(grads[0].contiguous(), x, weight, mean, rstd)
+        return None, dx, dweight if weight is not None else None, None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype), None
+
+
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """Layer normalisation over the last dimension; formula and shapes in the module's docstring.
+
+    x [..., C] with any strides; weight, bias [C] or None; returns y [..., C] in x's dtype. Raises gptfast.Error where a shape
+    does not fit.
+    """
+    for label, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.shape != x.shape[-1:]:
+            raise Error(f"layer_norm: {label} has shape {tuple(parameter.shape)}, x's last dimension needs {tuple(x.shape[-1:])}")
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    name = backend.choose("layer_norm", x, weight, bias, needs_grad=needs_grad)
+    if name == "eager":
+        return eager(x, weight, bias, eps)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    if needs_grad:
+        y = _Fast.apply(name, rows, weight, bias, eps)
+    else:
+        y = backend.impl("layer_norm", name).forward(rows, weight, bias, eps)[0]
+    return y.view(x.shape)  # type: ignore[no-any-return]
