@@ -1,8 +1,9 @@
 """What is built, from which sources, with which flags.
 
-Two extensions: gptfast._C (C++, one object per instruction set for every *_kernel.h) and gptfast._C_cuda (CUDA C++, needs only nvcc,
-not a CUDA build of torch and not a GPU). Whatever cannot be built here is left out with its reason: the package then runs on PyTorch
-alone. `python setup.py build_ext --inplace` builds in a checkout; without torch (pip's build isolation) a pure-Python wheel results.
+Two extensions: gptfast._C (C++, one object per instruction set for every *_kernel.h) and gptfast._C_cuda (CUDA C++, needs only
+nvcc, not a CUDA build of torch and not a GPU). Whatever cannot be built here is left out with its reason: the package then runs on
+PyTorch alone. `python setup.py build_ext --inplace` builds in a checkout; without torch (pip's build isolation) a pure-Python wheel
+results.
 Read from the environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS, CUDA_HOME, TORCH_CUDA_ARCH_LIST.
 """
 
@@ -31,14 +32,15 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": [f"-mavx512{x}" for x in ("f", "bw", "dq", "vl", "vnni", "bf16")] + ["-mfma", "-mf16c", "-mprefer-vector-width=512"],
 }
-ARCHITECTURES = "8.0 9.0a 10.0"
+ARCHITECTURES = "8.0+PTX 9.0a 10.0"  # the PTX is for GPUs that none of the three names
 
 
 def probe_compiler() -> str | None:
     """None if CXX compiles a five-line file that loads, else the reason."""
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
-        source.write_text('#include <vector>\nextern "C" int probe(int n) {\n  std::vector<int> v(n, 1);\n  return (int)v.size();\n}\n')
+        body = 'extern "C" int probe(int n) {\n  std::vector<int> v(n, 1);\n  return (int)v.size();\n}\n'
+        source.write_text("#include <vector>\n" + body)
         try:
             subprocess.run([*CXX, "-std=c++20", "-shared", "-fPIC", source, "-o", library], check=True, capture_output=True)
             return None if ctypes.CDLL(str(library)).probe(3) == 3 else f"{CXX[0]} makes code that does not run"
@@ -54,15 +56,21 @@ def find_cuda() -> Path | None:
         candidates.insert(1, str(Path(nvcc).resolve().parent.parent))
     candidates += [str(p) for p in Path(sysconfig.get_paths()["purelib"], "nvidia").glob("cu1*")]
     for folder in filter(None, candidates):
-        if Path(folder, "bin", "nvcc").exists():
+        # an nvcc on PATH may be a wrapper far from its toolkit: only a folder with the runtime library counts
+        if Path(folder, "bin", "nvcc").exists() and cudart_folder(Path(folder)):
             return Path(folder)
     return None
+
+
+def cudart_folder(cuda: Path) -> Path | None:
+    places = (cuda / "lib64", cuda / "lib", cuda / "targets/x86_64-linux/lib")
+    return next((place for place in places if (place / "libcudart_static.a").exists()), None)
 
 
 def probe_cuda(cuda: Path | None) -> str | None:
     """None if nvcc runs, else the reason."""
     if cuda is None:
-        return "nvcc not found (CUDA_HOME, PATH, nvidia-cuda-nvcc)"
+        return "no CUDA toolkit with nvcc and libcudart_static.a (CUDA_HOME, PATH, nvidia-cuda-nvcc)"
     try:
         subprocess.run([cuda / "bin/nvcc", "--version"], check=True, capture_output=True)
         return None
@@ -97,6 +105,8 @@ class NinjaFile:
         include = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"], str(ROOT / "csrc")]
         self.torch_flags = [f"-isystem{path}" for path in include[:-1]] + [f"-I{include[-1]}"]
         self.torch_flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
+        # torch's headers are not in the depfiles (-MMD leaves out -isystem): another version must change the command instead
+        self.torch_flags += [f"-DGPTFAST_TORCH={torch.__version__}"]
         common = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-fopenmp"]
         self.cxx_flags = [*common, *shlex.split(os.environ.get("CXXFLAGS", ""))]
         # torch loads libgomp itself: -fopenmp at link time would only risk a second one
@@ -127,12 +137,14 @@ class NinjaFile:
     def link(self, target: Path, objects: list[Path], flags: list[str]) -> None:
         self._edge("link", target, objects, flags=shlex.join([*self.link_flags, *flags]))
 
-    def run(self) -> None:
+    def run(self, target: Path) -> str | None:
+        """Builds one extension; returns None, or the reason (the compiler's messages are on the terminal)."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
         ninja = [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
         jobs = os.environ.get("MAX_JOBS") or str(max(1, min(os.cpu_count() or 1, _memory_gib() // 2)))
-        subprocess.run([*ninja, "-C", str(self.folder), "-j", jobs], check=True)
+        done = subprocess.run([*ninja, "-C", str(self.folder), "-j", jobs, str(target)])
+        return None if done.returncode == 0 else "its sources do not compile or link here (the messages are in the build's output)"
 
 
 def _memory_gib() -> int:
@@ -158,11 +170,16 @@ class Build(build_ext):
         built: dict[str, list[str]] = {}
         if "_C" not in skipped:
             ninja = NinjaFile(ROOT / "build" / f"ninja-{sysconfig.get_python_version()}")
-            built["_C"] = self.add_cpp(ninja)
+            wanted = {"_C": self.add_cpp(ninja)}
             if "_C_cuda" not in skipped:
-                built["_C_cuda"] = self.add_cuda(ninja)
+                wanted["_C_cuda"] = self.add_cuda(ninja)
             self.package.mkdir(parents=True, exist_ok=True)
-            ninja.run()
+            for name, contents in wanted.items():
+                reason = ninja.run(self.target(name))
+                if reason is None:
+                    built[name] = contents
+                else:
+                    skipped[name] = reason
         self.write_record(built, skipped)
         for name, contents in built.items():
             print(f"gptfast.{name}: built for {' '.join(contents)}")
@@ -190,11 +207,12 @@ class Build(build_ext):
         strict = ["-Werror", "all-warnings", "-Xptxas=--warn-on-spills,-Werror", "-Xcompiler=-fPIC,-fvisibility=hidden"]
         flags = ["-O3", "-std=c++20", *strict, f"-I{ROOT / 'csrc'}", "--threads=1", *gencode]
         objects = [ninja.nvcc(source, flags, "cuda", cuda) for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
-        binding_flags = [*ninja.torch_flags, f"-isystem{cuda / 'include'}", "-DTORCH_EXTENSION_NAME=_C_cuda"]
-        objects += [ninja.cxx(source, binding_flags, "cuda") for source in sorted((ROOT / "csrc/cuda").glob("*.cpp"))]
-        library = next(path for path in (cuda / "lib64", cuda / "lib", cuda / "targets/x86_64-linux/lib") if path.is_dir())
-        ninja.link(self.target("_C_cuda"), objects, [f"-L{library}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"])
-        return [flag.split("code=")[1] for flag in gencode]
+        # no CUDA header here: the bindings know the kernels as plain C functions
+        objects += [ninja.cxx(source, ninja.torch_flags, "cuda") for source in sorted((ROOT / "csrc/cuda").glob("*.cpp"))]
+        # a CUDA build of torch brings its own runtime: this one stays private
+        private = ["-Wl,--exclude-libs,ALL", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+        ninja.link(self.target("_C_cuda"), objects, [f"-L{cudart_folder(cuda)}", *private])
+        return [flag.rpartition("code=")[2] for flag in gencode]
 
     def write_record(self, built: dict[str, list[str]], skipped: dict[str, str]) -> None:
         record: dict[str, object] = {"extensions": built, "skipped": skipped}
@@ -207,7 +225,8 @@ class Build(build_ext):
             (self.package / "_build.json").write_text(json.dumps(record, indent=1) + "\n")
 
     def get_outputs(self) -> list[str]:
-        return [str(self.target(e.name.split(".")[-1])) for e in self.extensions]
+        targets = [self.target(extension.name.split(".")[-1]) for extension in self.extensions]
+        return [str(target) for target in targets if target.exists()]
 
 
 def extensions() -> list[Extension]:

@@ -39,7 +39,7 @@ __all__ = [  # noqa: RUF022 - the order of the interface's own list
     "SamplingParams", "Engine", "backend", "ops", "explain", "Error", "LoadError", "__version__",
 ]
 
-_environment.check()  # an unknown GPTFAST_ name or backend is an error here, before anything runs
+_environment.check_at_import()  # an unknown GPTFAST_ name or backend is an error here, before anything runs
 
 
 def __getattr__(name: str) -> Any:

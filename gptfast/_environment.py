@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def parse_backend(text: str) -> tuple[str | None, dict[str, str]]:
         if equals:
             forced[check_op(op.strip())] = check_backend(name.strip())
         elif asked is not None:
-            raise Error(f"GPTFAST_BACKEND names two backends for every op: {asked} and {part}; give one, and op=name for single ops")
+            raise Error(f"GPTFAST_BACKEND names two backends for every op: {asked}, {part}; give one, and op=name for single ops")
         else:
             asked = check_backend(part)
     return asked, forced
@@ -63,3 +64,16 @@ def check(environment: Mapping[str, str] = os.environ) -> tuple[str | None, dict
     if isa and isa not in ISAS:
         raise Error(f"GPTFAST_CPU_ISA is {isa!r}; allowed: {', '.join(ISAS)}")
     return parse_backend(environment.get("GPTFAST_BACKEND", ""))
+
+
+def check_at_import() -> None:
+    """check(), for `import gptfast`: raises gptfast.Error. In the `gptfast` command an error is its one line and exit code 2 here,
+    because this runs before any code of the command could catch it."""
+    try:
+        check()
+    except Error as error:
+        program = sys.argv[0] if sys.argv else ""
+        if Path(program).stem == "gptfast" or (program == "-m" and "gptfast" in sys.orig_argv):
+            print(f"gptfast: error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        raise

@@ -69,7 +69,7 @@ def use(asked: str | None = None, **forced: str) -> Iterator[None]:
 
 
 def limits(op: str) -> Callable[[Limits], Limits]:
-    """Decorator in ops/<op>.py: `f(backend, inputs, needs_grad) -> None | reason`, for what a kernel cannot take (dtype, head size)."""
+    """Decorator in ops/<op>.py: `f(backend, inputs, needs_grad) -> None | reason`, for what a kernel cannot take (dtype, size)."""
 
     def register(function: Limits) -> Limits:
         _limits[check_op(op)] = function
@@ -82,7 +82,7 @@ def limits(op: str) -> Callable[[Limits], Limits]:
 
 
 def build_record() -> dict[str, Any]:
-    """What setup.py wrote beside the extension: torch version, instruction sets, architectures, compiler. Empty if nothing was built."""
+    """What setup.py wrote beside the extension: torch version, instruction sets, architectures, compiler. Empty if it never ran."""
     path = Path(__file__).parent / "_build.json"
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
@@ -107,6 +107,11 @@ EXTENSIONS: dict[str, str | None] = {"_C": _load_extension("_C")}
 EXTENSIONS["_C_cuda"] = _load_extension("_C_cuda") if EXTENSIONS["_C"] is None else f"needs _C, which is {EXTENSIONS['_C']}"
 
 
+def has_schema(op: str) -> bool:
+    """Whether the extension that is loaded defines the op: then ops/<op>.py registers its fake kernels."""
+    return bool(torch._C._dispatch_has_kernel(f"gptfast::{op}"))
+
+
 def _missing_reason(op: str, name: str) -> str | None:
     if name == "eager":
         return None
@@ -117,8 +122,10 @@ def _missing_reason(op: str, name: str) -> str | None:
     extension = {"cpp": "_C", "cuda": "_C_cuda"}[name]
     if EXTENSIONS[extension] is not None:
         return EXTENSIONS[extension]
-    registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"gptfast::{op}", {"cpp": "CPU", "cuda": "CUDA"}[name])
-    return None if registered else "no kernel yet"
+    key = {"cpp": "CPU", "cuda": "CUDA"}[name]
+    # without a schema the second question would raise
+    there = has_schema(op) and torch._C._dispatch_has_kernel_for_dispatch_key(f"gptfast::{op}", key)
+    return None if there else "no kernel yet"
 
 
 _missing = {(op, name): _missing_reason(op, name) for op in OPS for name in BACKENDS}
@@ -160,7 +167,7 @@ def _device_type(inputs: tuple[Any, ...]) -> str:
 
 
 def supports(op: str, name: str, inputs: tuple[Any, ...] = (), needs_grad: bool = False) -> str | None:
-    """None if backend `name` can run `op` on these inputs, else the reason. Pure and cheap. Without inputs: whether it is there at all."""
+    """None if backend `name` can run `op` on these inputs, else the reason. Pure and cheap. Without inputs: whether it is there."""
     missing = _missing[op, name]
     if missing is not None or name == "eager" or not inputs:
         return missing

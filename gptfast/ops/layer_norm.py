@@ -15,9 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from gptfast import backend
+import gptfast.backend as backend
 from gptfast.errors import Error
+from gptfast.ops._common import limit_dtypes, requires_grad, rows
+
+limit_dtypes("layer_norm")
 
 
 def eager(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -29,6 +33,19 @@ def eager(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, e
         return F.layer_norm(compute, x.shape[-1:], scale, shift, eps).to(x.dtype)
 
 
+if backend.has_schema("layer_norm"):
+
+    @torch.library.register_fake("gptfast::layer_norm")
+    def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        statistics = x.new_empty(x.shape[0], dtype=torch.float32)
+        return torch.empty_like(x), statistics, torch.empty_like(statistics)
+
+    @torch.library.register_fake("gptfast::layer_norm_backward")
+    def _(dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dweight = x.new_empty(x.shape[1], dtype=torch.float32 if weight is None else weight.dtype)
+        return torch.empty_like(x), dweight, torch.empty_like(dweight)
+
+
 class _Fast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -38,10 +55,19 @@ class _Fast(torch.autograd.Function):
         return y  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, mean, rstd = ctx.saved_tensors
-        dx, dweight, dbias = backend.impl("layer_norm", ctx.name).backward(grads[0].contiguous(), x, weight, mean, rstd)
-        return None, dx, dweight if weight is not None else None, None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype), None
+        dx, dweight, dbias = backend.impl("layer_norm", ctx.name).backward(dy.contiguous(), x, weight, mean, rstd)
+        return None, dx, None if weight is None else dweight, None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype), None
+
+
+def _alike(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """weight and bias in one dtype, x's or fp32, which is what kernels take."""
+    dtypes = {p.dtype for p in (weight, bias) if p is not None}
+    if len(dtypes) < 2 and dtypes <= {x.dtype, torch.float32}:
+        return weight, bias
+    return None if weight is None else weight.float(), None if bias is None else bias.float()
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -50,16 +76,18 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     x [..., C] with any strides; weight, bias [C] or None; returns y [..., C] in x's dtype. Raises gptfast.Error where a shape
     does not fit.
     """
+    if x.dim() == 0:
+        raise Error("layer_norm: x has no dimensions; needed is [..., C]")
     for label, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.shape != x.shape[-1:]:
             raise Error(f"layer_norm: {label} has shape {tuple(parameter.shape)}, x's last dimension needs {tuple(x.shape[-1:])}")
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    needs_grad = requires_grad(x, weight, bias)
     name = backend.choose("layer_norm", x, weight, bias, needs_grad=needs_grad)
     if name == "eager":
         return eager(x, weight, bias, eps)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    weight, bias = _alike(x, *(None if p is None else p.contiguous() for p in (weight, bias)))
     if needs_grad:
-        y = _Fast.apply(name, rows, weight, bias, eps)
+        y = _Fast.apply(name, rows(x), weight, bias, eps)
     else:
-        y = backend.impl("layer_norm", name).forward(rows, weight, bias, eps)[0]
+        y = backend.impl("layer_norm", name).forward(rows(x), weight, bias, eps)[0]
     return y.view(x.shape)  # type: ignore[no-any-return]

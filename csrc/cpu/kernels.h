@@ -1,0 +1,5 @@
+// All *_kernel.h: what each kernels_<isa>.cpp compiles once for its instruction set.
+#pragma once
+
+#include "cpu/layer_norm_kernel.h"
+#include "cpu/partials_kernel.h"

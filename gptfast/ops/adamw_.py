@@ -1,0 +1,105 @@
+"""One AdamW step (Loshchilov, Hutter 2017, arXiv:1711.05101) over all parameters, in place. Where finite is 1, with g = scale grad:
+
+    step += 1
+    p *= 1 - lr * weight_decay;   m = beta1 m + (1 - beta1) g;   v = beta2 v + (1 - beta2) g^2
+    p -= lr * (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
+    copy = p rounded to the copy's dtype
+
+and nothing at all where finite is 0. params, exp_avg (m), exp_avg_sq (v): lists of tensors of one dtype a place, mutated; grads:
+the same shapes, any float dtype; copies: a list of the same shapes in another dtype, or None, mutated; lr, step (mutated), scale
+and finite: float tensors [1] on the parameters' device; weight_decay: a number a place. No backward; grads stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
+
+import gptfast.backend as backend
+from gptfast.errors import Error
+from gptfast.ops._common import limit_dtypes, on_host
+
+_dtypes = limit_dtypes("adamw_")
+
+
+@backend.limits("adamw_")
+def _limits(name: str, inputs: tuple[Any, ...], needs_grad: bool) -> str | None:
+    return _dtypes(name, tuple(inputs[0]), needs_grad)
+
+
+def eager(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    copies: Sequence[Tensor] | None,
+    lr: Tensor,
+    step: Tensor,
+    scale: Tensor,
+    finite: Tensor,
+    weight_decay: Sequence[float],
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """The definition: the function behind torch.optim.AdamW(fused=True), once for each value of weight_decay."""
+    host = on_host(finite)
+    if host and not bool(finite):
+        return
+    scaled = [g.to(p.dtype) for p, g in zip(params, grads, strict=True)]
+    if not (host and bool(scale == 1)):
+        scaled = [g * scale.to(g.dtype) for g in scaled]
+    skip = None if host else (1 - finite).float().view(())
+    for decay in dict.fromkeys(weight_decay):
+        members = [i for i, value in enumerate(weight_decay) if value == decay]
+        p, g, m, v = ([tensors[i] for i in members] for tensors in (params, scaled, exp_avg, exp_avg_sq))
+        steps = [step.float().reshape(()).clone() for _ in members]  # PyTorch counts for each parameter, here is one count
+        torch_adamw(
+            p, g, m, v, [], steps, fused=True, found_inf=skip, amsgrad=False, beta1=beta1, beta2=beta2, lr=lr.view(()),
+            weight_decay=decay, eps=eps, maximize=False,
+        )
+    step.add_(finite)
+    for copy, new in zip(copies or (), params, strict=False):
+        copy.copy_(new if host else torch.where(finite > 0, new, copy.to(new.dtype)))
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    copies: Sequence[Tensor] | None,
+    lr: Tensor,
+    step: Tensor,
+    scale: Tensor,
+    finite: Tensor,
+    weight_decay: Sequence[float],
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """One AdamW step in place; formula and what is mutated in the module's docstring. Nothing waits for the device.
+
+    `scale` multiplies the gradients (the clip coefficient, 1 / the loss scale). Raises gptfast.Error where the lists do not fit
+    together or a scalar is not a tensor [1].
+    """
+    lists = {"grads": grads, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq} | ({} if copies is None else {"copies": copies})
+    for label, tensors in lists.items():
+        if [t.shape for t in tensors] != [p.shape for p in params]:
+            raise Error(f"adamw_: {label} do not have the shapes of the {len(params)} params")
+    if len(weight_decay) != len(params):
+        raise Error(f"adamw_: weight_decay has {len(weight_decay)} numbers for {len(params)} params")
+    for label, scalar in {"lr": lr, "step": step, "scale": scale, "finite": finite}.items():
+        if scalar.shape != (1,):
+            raise Error(f"adamw_: {label} has shape {tuple(scalar.shape)}; needed is a tensor [1]")
+    if not params:
+        return
+    with torch.no_grad():
+        name = backend.choose("adamw_", list(params), list(grads))
+        leaf = eager if name == "eager" else backend.impl("adamw_", name).forward
+        dense = [g.contiguous() for g in grads] if name != "eager" else grads
+        leaf(params, dense, exp_avg, exp_avg_sq, copies, lr, step, scale, finite, weight_decay, beta1, beta2, eps)

@@ -1,0 +1,62 @@
+"""The affine map of the last dimension: y = x weight^T + bias.
+
+x [N, K] fp32|bf16|fp16 (eager also fp64); weight [M, K] of any strides (a GPT-2 Conv1D weight [K, M] is passed as weight.t());
+bias [M] or None; y [N, M] in x's dtype. Sums in fp32. Backward:
+
+    dx = dy weight,   dweight = dy^T x,   dbias = sum over rows of dy
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+import gptfast.backend as backend
+from gptfast.errors import Error
+from gptfast.ops._common import autocast, limit_dtypes, requires_grad, rows
+
+limit_dtypes("linear")
+
+
+def eager(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The definition: PyTorch's own linear, differentiated by plain autograd. x [..., K] -> [..., M] in x's dtype."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+class _Fast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.name, ctx.bias_dtype = name, None if bias is None else bias.dtype
+        return backend.impl("linear", name).forward(x, weight, bias)  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        dx, dweight, dbias = backend.impl("linear", ctx.name).backward(dy.contiguous(), x, weight)
+        return None, dx, dweight.to(weight.dtype), None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias over the last dimension; formula and shapes in the module's docstring.
+
+    x [..., K], weight [M, K], bias [M] or None, all of any strides; returns [..., M] in x's dtype, under autocast in autocast's.
+    Raises gptfast.Error where a shape does not fit.
+    """
+    if weight.dim() != 2 or x.dim() == 0 or weight.shape[1] != x.shape[-1]:
+        raise Error(f"linear: weight has shape {tuple(weight.shape)}, x {tuple(x.shape)}; needed are [M, K] and [..., K]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise Error(f"linear: bias has shape {tuple(bias.shape)}, weight's rows need ({weight.shape[0]},)")
+    x, weight, bias = autocast(x, weight, bias)
+    needs_grad = requires_grad(x, weight, bias)
+    name = backend.choose("linear", x, weight, bias, needs_grad=needs_grad)
+    if name == "eager":
+        return eager(x, weight, bias)
+    flat = rows(x)
+    y = _Fast.apply(name, flat, weight, bias) if needs_grad else backend.impl("linear", name).forward(flat, weight, bias)
+    return y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]

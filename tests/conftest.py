@@ -1,0 +1,31 @@
+"""Fixtures that tests share and that are no part of the package: the shim, which executes CUDA kernels on the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+def _harness() -> ModuleType:
+    path = Path(__file__).parent / "shim/harness.py"
+    spec = importlib.util.spec_from_file_location("gptfast_shim_harness", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def shim() -> ModuleType:
+    """tests/shim/harness.py. Without a C++ compiler the test is skipped, and fails where GPTFAST_REQUIRE names cuda-emulated."""
+    harness = _harness()
+    if harness.compiler() is None:
+        from gptfast import testing
+
+        testing.unavailable("cuda-emulated", "no C++ compiler to build the shim with")
+    return harness
