@@ -96,9 +96,15 @@ def _load_extension(name: str) -> str | None:
     if record["torch"] != torch.__version__:
         return f"built for torch {record['torch']}, running {torch.__version__}"
     try:
-        importlib.import_module(f"gptfast.{name}")
+        extension = importlib.import_module(f"gptfast.{name}")
     except ImportError as error:
-        return f"cannot be loaded: {error}"
+        return f"cannot be loaded: {error}".replace("\n", " ")
+    isa = os.environ.get("GPTFAST_CPU_ISA")
+    if name == "_C" and isa:
+        try:
+            extension.set_isa(isa)
+        except ValueError as error:
+            raise Error(f"GPTFAST_CPU_ISA: {error}") from None
     return None
 
 

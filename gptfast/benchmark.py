@@ -255,21 +255,19 @@ def _is_float(value: Any) -> bool:
 # ---------------------------------------------------------------------------------------------------------------- machine facts
 
 
-def _cpu() -> tuple[str, list[str], int]:
-    """CPU model, the instruction sets that matter here, physical cores."""
+def _cpu() -> tuple[list[str], int]:
+    """The CPU's instruction sets that matter here, and its physical cores."""
     path = Path("/proc/cpuinfo")
     text = path.read_text() if path.exists() else ""
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     flags = set(next(iter(re.findall(r"^flags\s*:\s*(.+)$", text, re.MULTILINE)), "").split())
     sockets, numbers = (re.findall(rf"^{key}\s*:\s*(\d+)", text, re.MULTILINE) for key in ("physical id", "core id"))
     cores = set(zip(sockets, numbers, strict=False))
-    name = model.group(1) if model else platform.processor() or platform.machine()
-    return name, [flag for flag in ISA_FLAGS if flag in flags], len(cores) or os.cpu_count() or 1
+    return [flag for flag in ISA_FLAGS if flag in flags], len(cores) or os.cpu_count() or 1
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     """The facts a figure is worth nothing without: CPU or GPU, threads, versions, commit and whether the tree is clean."""
-    model, isa, cores = _cpu()
+    model, (isa, cores) = proof.cpu_model(), _cpu()
     commit, clean = proof.commit()
     facts: dict[str, Any] = {
         "name": model, "isa": isa, "cores": cores, "threads": torch.get_num_threads(), "system": platform.platform(),

@@ -112,10 +112,12 @@ class GPT2Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of config.json as transformers and the converters of llama.cpp and CTranslate2 read it."""
-        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in ("real_vocab_size", "num_labels")}
-        names = self.id2label or {index: f"LABEL_{index}" for index in range(self.num_labels)}
-        values["id2label"] = {str(index): name for index, name in names.items()}
-        values["label2id"] = {name: index for index, name in names.items()}
+        ours = ("real_vocab_size", "num_labels", "id2label")
+        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in ours}
+        names = self.id2label or ({index: f"LABEL_{index}" for index in range(self.num_labels)} if self.num_labels != 2 else {})
+        if names:  # two nameless classes are transformers' default
+            values["id2label"] = {str(index): name for index, name in names.items()}
+            values["label2id"] = {name: index for index, name in names.items()}
         return {"model_type": "gpt2", **values, "n_ctx": self.n_positions}
 
 

@@ -388,7 +388,8 @@ def read_meta(folder: Path | str) -> dict[str, Any]:
 
 
 def load(folder: Path | str, split: str = "train") -> TokenData:
-    """One split ("train" or "val") of a data folder, memory-mapped. Raises gptfast.LoadError for a truncated shard or one from another tokenizer."""
+    """One split, "train" or "val", of a data folder, memory-mapped. Raises gptfast.LoadError for a shard that is damaged or made
+    with another tokenizer."""
     meta = read_meta(folder)
     facts = meta[split]
     parts = [_read_shard(Path(folder) / shard["file"], meta) for shard in facts["shards"]]

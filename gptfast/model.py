@@ -261,11 +261,10 @@ class PreTrained(nn.Module):
         """
         hub.save(folder, self.state_dict(), self.config, type(self).__name__, self.generation_config, max_shard_size)
 
-    def _run(self, now: Pass, keep: bool, no_grad: bool = False) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    def _run(self, now: Pass, keep: bool) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """Last hidden states [B, T, C] in the caller's layout, and with `keep` those of every block."""
         now.seeds = self.transformer.draw_seeds()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not no_grad):
-            states = now.finish(self.transformer(now, keep))
+        states = now.finish(self.transformer(now, keep))
         return states[-1], states if keep else None
 
 
@@ -311,9 +310,10 @@ class GPT2LMHeadModel(PreTrained):
         now = prepare(
             self.config, self.dtype, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, cached, document_ids
         )
-        last, states = self._run(now, output_hidden_states, no_grad=past_key_values is not None)
         real = self.config.real_vocabulary
-        logits = self.lm_head(last[:, -logits_to_keep:] if logits_to_keep else last)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and past_key_values is None):
+            last, states = self._run(now, output_hidden_states)
+            logits = self.lm_head(last[:, -logits_to_keep:] if logits_to_keep else last)
         loss = None
         if labels is not None:
             if logits_to_keep or labels.shape != last.shape[:2]:

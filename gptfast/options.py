@@ -264,4 +264,5 @@ def to_yaml(title: str, instance: Any, known: Mapping[str, Key]) -> str:
     import yaml
 
     values = {name: _plain(getattr(instance, name)) for name in known}
-    return f"# {title}\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=False)
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=False)
+    return f"# {title}\n{text}"

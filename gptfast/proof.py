@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import platform
 import re
 import subprocess
 import time
@@ -103,6 +104,34 @@ def record(op: str, backend: str, where: str, executed: bool = True) -> Record:
     return Record(op, backend, where, executed, today, commit()[0], source_hash(op, backend) or "unknown")
 
 
+def cpu_model() -> str:
+    """The CPU's name as the kernel tells it."""
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", path.read_text() if path.exists() else "", re.MULTILINE)
+    return found.group(1) if found else platform.processor() or platform.machine()
+
+
+def from_tests(executed: Iterable[tuple[str, str]]) -> list[Record]:
+    """Records of now for a test session's (op, proof) pairs; a proof is one of GPTFAST_REQUIRE's names, other ops are left out."""
+    places: dict[str, tuple[str, str, bool]] = {
+        "cpp": ("cpp", cpu_model(), True),
+        "triton-interpret": ("triton", "interpreter", True),
+        "triton-aot": ("triton", "sm_80, sm_90, sm_100", False),
+        "cuda-build": ("cuda", "sm_80, sm_90a, sm_100", False),
+        "cuda-emulated": ("cuda", "cpu shim", True),
+    }
+    pairs = {pair for pair in executed if pair[0] in OPS}
+    if any(name in ("cuda", "triton") for _, name in pairs):
+        import torch
+
+        places |= {name: (name, torch.cuda.get_device_name(), True) for name in ("cuda", "triton")}
+    made = []
+    for op, name in sorted(pairs):
+        backend, where, ran = places[name]
+        made.append(record(op, backend, where, ran))
+    return made
+
+
 def read(path: Path = FILE) -> list[Record]:
     """The records of a proof file, none if there is no file. Raises gptfast.LoadError for another version or malformed content."""
     if not path.exists():
@@ -155,7 +184,7 @@ def table(records: Iterable[Record], root: Path = ROOT) -> list[dict[str, Any]]:
                 stale = " (stale)" if source and any(entry.source != source for entry in entries) else ""
                 row[backend] = f"compiled, not executed: {targets}{stale}"
             else:
-                row[backend] = "-"
+                row[backend] = "the definition" if backend == "eager" else "-"
         rows.append(row)
     return rows
 

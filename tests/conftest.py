@@ -9,6 +9,8 @@ from types import ModuleType
 
 import pytest
 
+from gptfast import testing
+
 
 def _harness() -> ModuleType:
     path = Path(__file__).parent / "shim/harness.py"
@@ -25,7 +27,5 @@ def shim() -> ModuleType:
     """tests/shim/harness.py. Without a C++ compiler the test is skipped, and fails where GPTFAST_REQUIRE names cuda-emulated."""
     harness = _harness()
     if harness.compiler() is None:
-        from gptfast import testing
-
         testing.unavailable("cuda-emulated", "no C++ compiler to build the shim with")
     return harness

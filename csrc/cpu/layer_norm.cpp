@@ -50,7 +50,8 @@ Three layer_norm_backward_cpu(const at::Tensor& dy, const at::Tensor& x, Optiona
   const auto fp32 = x.options().dtype(at::kFloat);
   const RowBlocks blocks(x.size(0));
   const at::Tensor scale = parameter_or(weight, columns, 1);
-  at::Tensor dx = at::empty_like(x), partials = at::empty({blocks.count, 2 * columns}, fp32), sums = at::empty({2, columns}, fp32);
+  at::Tensor dx = at::empty_like(x), partials = at::empty({blocks.count, 2, columns}, fp32);
+  at::Tensor dweight = at::empty({columns}, fp32), dbias = at::empty({columns}, fp32);
   LayerNorm args{};
   args.type = type_of(x);
   args.columns = columns;
@@ -66,12 +67,13 @@ Three layer_norm_backward_cpu(const at::Tensor& dy, const at::Tensor& x, Optiona
       GPTFAST_CALL(layer_norm_backward, args, blocks.first(block), blocks.end(block), partial + block * 2 * columns);
     }
   });
-  float* out = sums.mutable_data_ptr<float>();
-  at::parallel_for(0, 2 * columns, grain(blocks.count), [&](int64_t begin, int64_t end) {
-    GPTFAST_CALL(add_partials, partial, blocks.count, 2 * columns, begin, end, out);
+  float *weight_sums = dweight.mutable_data_ptr<float>(), *bias_sums = dbias.mutable_data_ptr<float>();
+  at::parallel_for(0, columns, grain(blocks.count), [&](int64_t begin, int64_t end) {
+    GPTFAST_CALL(add_partials, partial, blocks.count, 2 * columns, begin, end, weight_sums);
+    GPTFAST_CALL(add_partials, partial + columns, blocks.count, 2 * columns, begin, end, bias_sums);
   });
   const auto type = gradient_type(weight);
-  return {dx, sums.select(0, 0).to(type), sums.select(0, 1).to(type)};
+  return {dx, dweight.to(type), dbias.to(type)};
 }
 
 }  // namespace

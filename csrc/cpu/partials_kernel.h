@@ -5,8 +5,8 @@
 #include "cpu/isa.h"
 #include "cpu/vec_types.h"
 
-// out[i] = partials[0, i] + partials[1, i] + ... for first <= i < end; partials [count, length]
-GPTFAST_PER_ISA(void add_partials(const float* partials, int64_t count, int64_t length, int64_t first, int64_t end, float* out))
+// out[i] = partials[0][i] + partials[1][i] + ... for first <= i < end, where row b begins at partials + b * stride
+GPTFAST_PER_ISA(void add_partials(const float* partials, int64_t count, int64_t stride, int64_t first, int64_t end, float* out))
 
 #ifdef GPTFAST_ISA
 
@@ -14,10 +14,10 @@ GPTFAST_PER_ISA(void add_partials(const float* partials, int64_t count, int64_t 
 
 namespace gptfast::cpu::GPTFAST_ISA {
 
-void add_partials(const float* partials, int64_t count, int64_t length, int64_t first, int64_t end, float* out) {
+void add_partials(const float* partials, int64_t count, int64_t stride, int64_t first, int64_t end, float* out) {
   for_columns(end - first, [&](int64_t i, int lanes) {
     Vec total = set(0);
-    for (int64_t block = 0; block < count; ++block) total += load_lanes(partials + block * length + first + i, lanes);
+    for (int64_t block = 0; block < count; ++block) total += load_lanes(partials + block * stride + first + i, lanes);
     store_lanes(out + first + i, total, lanes);
   });
 }

@@ -19,6 +19,18 @@ constexpr int kReduceLanes = 32;            // threads that share one column whe
 
 // ---------------------------------------------------------------------------------------------------------------------- forward
 
+// Where the mean is large beside the deviations, its rounding is the largest error of all. So the deviations from the rounded mean m
+// are summed too, and their mean, `rest`, is taken off again.
+struct Statistics {
+  float mean, rest, rstd;
+};
+
+// deviations, squares: sums of x - m and of (x - m)^2 over the row
+__device__ __forceinline__ Statistics statistics(float m, float deviations, float squares, int64_t columns, float eps) {
+  const float rest = deviations / columns, variance = squares / columns - rest * rest;
+  return {m + rest, rest, 1.0f / sqrtf((variance < 0.0f ? 0.0f : variance) + eps)};
+}
+
 // The column of the 4 neighbours number `quad` (0 or 1) of a lane in its span. Loads are 128 bits wide and neighbouring lanes read
 // neighbouring addresses, so a lane's 8 columns are one run of 16-bit numbers or two runs of fp32.
 template <class T>
@@ -69,16 +81,17 @@ __global__ void __launch_bounds__(kForwardWarps * 32)
     }
     const float m = warp_sum(sum) / columns;
 
-    float squares = 0.0f;
+    float rest = 0.0f, squares = 0.0f;
 #pragma unroll
     for (int span = 0; span < SPANS; ++span) {
 #pragma unroll
       for (int i = 0; i < kLane; ++i) {
-        v[span][i] -= m;
-        if (span + 1 < SPANS || quad_column<T>(span, i / 4, lane) < columns) squares += v[span][i] * v[span][i];
+        v[span][i] = span + 1 < SPANS || quad_column<T>(span, i / 4, lane) < columns ? v[span][i] - m : 0.0f;
+        rest += v[span][i];
+        squares += v[span][i] * v[span][i];
       }
     }
-    const float s = 1.0f / sqrtf(warp_sum(squares) / columns + eps);
+    const Statistics stat = statistics(m, warp_sum(rest), warp_sum(squares), columns, eps);
 
 #pragma unroll
     for (int span = 0; span < SPANS; ++span) {
@@ -90,18 +103,18 @@ __global__ void __launch_bounds__(kForwardWarps * 32)
 #pragma unroll
           for (int e = 0; e < E; e += 4) {
             const float4 a = scale[(span * 2 + (i + e) / 4) * 32 + lane], b = shift[(span * 2 + (i + e) / 4) * 32 + lane];
-            out[e] = v[span][i + e] * s * a.x + b.x;
-            out[e + 1] = v[span][i + e + 1] * s * a.y + b.y;
-            out[e + 2] = v[span][i + e + 2] * s * a.z + b.z;
-            out[e + 3] = v[span][i + e + 3] * s * a.w + b.w;
+            out[e] = (v[span][i + e] - stat.rest) * stat.rstd * a.x + b.x;
+            out[e + 1] = (v[span][i + e + 1] - stat.rest) * stat.rstd * a.y + b.y;
+            out[e + 2] = (v[span][i + e + 2] - stat.rest) * stat.rstd * a.z + b.z;
+            out[e + 3] = (v[span][i + e + 3] - stat.rest) * stat.rstd * a.w + b.w;
           }
           Vec<T, E>::pack(out).store(y + row * columns + column);
         }
       }
     }
     if (lane == 0) {
-      mean[row] = m;
-      rstd[row] = s;
+      mean[row] = stat.mean;
+      rstd[row] = stat.rstd;
     }
   }
 }
@@ -111,10 +124,10 @@ template <class T, int E>
 __global__ void __launch_bounds__(kWideThreads, 4)
     layer_norm_forward_wide(const T* __restrict__ x, Array weight, Array bias, float eps, int64_t rows, int64_t columns,
                             T* __restrict__ y, float* __restrict__ mean, float* __restrict__ rstd) {
-  __shared__ float scratch[kWideThreads / 32];
+  __shared__ float scratch[kWideThreads / 32 * 2];
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const T* from = x + row * columns;
-    float v[E], sum[1] = {0.0f}, squares[1] = {0.0f};
+    float v[E], sum[1] = {0.0f}, sums[2] = {0.0f, 0.0f};
     for (int64_t column = threadIdx.x * E; column < columns; column += kWideThreads * E) {
       Vec<T, E>::load(from + column).unpack(v);
 #pragma unroll
@@ -125,21 +138,24 @@ __global__ void __launch_bounds__(kWideThreads, 4)
     for (int64_t column = threadIdx.x * E; column < columns; column += kWideThreads * E) {
       Vec<T, E>::load(from + column).unpack(v);
 #pragma unroll
-      for (int e = 0; e < E; ++e) squares[0] += (v[e] - m) * (v[e] - m);
+      for (int e = 0; e < E; ++e) {
+        sums[0] += v[e] - m;
+        sums[1] += (v[e] - m) * (v[e] - m);
+      }
     }
-    block_sums<kWideThreads / 32>(squares, scratch);
-    const float s = 1.0f / sqrtf(squares[0] / columns + eps);
+    block_sums<kWideThreads / 32>(sums, scratch);
+    const Statistics stat = statistics(m, sums[0], sums[1], columns, eps);
     for (int64_t column = threadIdx.x * E; column < columns; column += kWideThreads * E) {
       Vec<T, E>::load(from + column).unpack(v);
 #pragma unroll
       for (int e = 0; e < E; ++e) {
-        v[e] = (v[e] - m) * s * parameter(weight, column + e, 1.0f) + parameter(bias, column + e, 0.0f);
+        v[e] = (v[e] - m - stat.rest) * stat.rstd * parameter(weight, column + e, 1.0f) + parameter(bias, column + e, 0.0f);
       }
       Vec<T, E>::pack(v).store(y + row * columns + column);
     }
     if (threadIdx.x == 0) {
-      mean[row] = m;
-      rstd[row] = s;
+      mean[row] = stat.mean;
+      rstd[row] = stat.rstd;
     }
   }
 }

@@ -4,13 +4,35 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from gptfast._environment import BACKENDS
-from gptfast.commands import MACHINE, Common, command, running
+from gptfast.commands import FILES, MACHINE, Common, command, running
 from gptfast.errors import Error
+
+
+@command(FILES)
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="model folder with pytorch_model.bin", show_default=False)],
+    out: Annotated[str, typer.Option("--out", metavar="DIR", help="new folder for the result", show_default="required")],
+    common: Common,
+    given: dict[str, Any],
+    to: Annotated[str, typer.Option("--to", metavar="hf", help="hf: a Hugging Face folder with safetensors")] = "hf",
+) -> dict[str, Any]:
+    """Turn an old pytorch_model.bin into a Hugging Face folder with safetensors; nothing else ever opens a pickle."""
+    if to != "hf":
+        raise Error(f"--to is {to!r}; allowed: hf")
+    from gptfast.data import check_new
+    from gptfast.hub import convert_pickle
+
+    check_new(Path(out))
+    convert_pickle(source, out)
+    if not common.json:
+        print(f"{out}: converted from {source}")
+    return {"source": source, "out": out}
 
 
 @command(MACHINE, "device backend")

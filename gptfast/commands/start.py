@@ -22,7 +22,7 @@ def demo(
     """Train a small GPT on the Python standard library's source, compare it with gzip and xz, and let it write."""
     from gptfast.demo import run
 
-    with running(common):
+    with running(common, show=False):
         return dict(run(minutes=minutes, out=out, seed=common.seed))
 
 

@@ -120,15 +120,8 @@ class Engine:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Completion]:
         """The answer in pieces, one a token; `text` is what became certain with it and always whole code points. The texts joined
         are generate()'s. With n > 1 the choices' pieces alternate and `index` tells them apart."""
-        rows = self._rows(prompt, params or SamplingParams())
-        for changed in decode(self.model, [rows]):
-            for row in changed:
-                new = len(row.tokens) > 0 and row.error is None
-                top = row.top_logprobs[-1:] if new and row.params.logprobs else None
-                yield Completion(
-                    row.piece, row.tokens[-1:] if new else [], row.logprobs[-1:] if new else [], row.finish_reason, row.seed,
-                    row.choice, 0, row.start, top, row.error,
-                )
+        steps = decode(self.model, [self._rows(prompt, params or SamplingParams())])
+        return (_piece(row) for changed in steps for row in changed)
 
     def score(self, text: str, stride: int | None = None, bos: bool = True) -> Score:
         """log P of a text: of every token, in total and as bits per byte. `stride`: of the windows of a text longer than the
@@ -157,6 +150,15 @@ class Engine:
         limit = min(params.max_tokens, config.n_positions - len(ids))
         streams = [TextStream(self.tokenizer.token_bytes, params.stop) for _ in range(params.n)]
         return [Row(ids, params, seed, limit, frozenset(ends), i, len(ids), (), stream) for i, stream in enumerate(streams)]
+
+
+def _piece(row: Row) -> Completion:
+    """What the last step changed; a step that drew no token (an error, nothing allowed, no room) has none."""
+    new = slice(-1, None) if row.drew else slice(0, 0)
+    top = row.top_logprobs[new] if row.params.logprobs else None
+    return Completion(
+        row.piece, row.tokens[new], row.logprobs[new], row.finish_reason, row.seed, row.choice, 0, row.start, top, row.error
+    )
 
 
 def _completion(row: Row, prompt: int) -> Completion:

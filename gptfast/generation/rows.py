@@ -37,14 +37,15 @@ class Row:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     text: str = ""
-    piece: str = ""  # the text that the last token released
+    piece: str = ""  # the text that the last step released
+    drew: bool = False  # whether the last step drew a token
     finish_reason: str | None = None
     error: str | None = None
 
     def push(self, token: int, status: int, logprob: float, top: dict[int, float]) -> None:
         """Takes one drawn token and decides whether the answer ends with it."""
-        self.piece = ""
-        if status != 0:
+        self.piece, self.drew = "", status == 0
+        if not self.drew:
             self.finish_reason = "error" if status == 1 else "stop"
             self.error = f"numerical error: the logits of token {len(self.tokens)} hold NaN" if status == 1 else None
             return self._finish()

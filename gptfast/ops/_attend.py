@@ -9,18 +9,20 @@ from torch import Tensor
 from gptfast.ops._common import on_host
 
 
-def confine(k: Tensor, v: Tensor, visible: Tensor | None, causal: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+def confine(k: Tensor, v: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keeps a non-finite token from the rows that do not see it: PyTorch's kernels multiply it by a weight of 0, which gives NaN.
 
-    k, v [B, H, K, D]; visible bool, broadcasts to [B, H, Q, K], or None: all of it, or with `causal` keys up to the query (Q = K).
+    k, v [B, H, K, D]; visible bool, broadcasts to [B, H, Q, K], or None: the keys up to the query, with Q = K.
     Returns k and v with such tokens zeroed and what to add to the output, [B, H, Q, 1]: NaN for the rows that see one, else 0; None
     where the host can see there is none.
     """
-    if on_host(k) and bool(torch.isfinite(k.detach().sum(dtype=torch.float64) + v.detach().sum(dtype=torch.float64))):
+    wide = torch.promote_types(k.dtype, torch.float32)
+    # a sum is the cheapest look at all values; where it overflows there is only some work in vain
+    if on_host(k) and bool(torch.isfinite(k.detach().sum(dtype=wide) + v.detach().sum(dtype=wide))):
         return k, v, None
     bad = ~(torch.isfinite(k) & torch.isfinite(v)).all(-1, keepdim=True)
     if visible is None:
-        sees = bad.cumsum(-2) > 0 if causal else bad.any(-2, keepdim=True)
+        sees = bad.cumsum(-2) > 0
     else:
         sees = visible.to(torch.float32) @ bad.to(torch.float32) > 0
     zero = torch.zeros((), dtype=v.dtype, device=v.device)
@@ -28,7 +30,9 @@ def confine(k: Tensor, v: Tensor, visible: Tensor | None, causal: bool = False) 
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None, causal: bool = False) -> Tensor:
-    """F.scaled_dot_product_attention, q [B, H, Q, D] -> o [B, H, Q, D]; visible and causal as in `confine`."""
-    k, v, poison = confine(k, v, visible, causal)
+    """F.scaled_dot_product_attention, q [B, H, Q, D] -> o [B, H, Q, D]; visible None is everything, or causal with Q = K."""
+    poison = None
+    if visible is not None or causal:  # else every query sees every token
+        k, v, poison = confine(k, v, visible)
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, scale=scale)
     return o if poison is None else o + poison

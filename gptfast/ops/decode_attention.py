@@ -4,9 +4,9 @@
 
 q [B, Q, H, D] fp32|bf16|fp16 (eager also fp64); k_cache, v_cache [pages, H, 64, D] fp32|bf16 (eager: any float), key n of row b in
 page block_table[b, n div 64], slot n mod 64; block_table [B, pages a row], lengths [B] int32|int64, counted after the append of
-the Q tokens. o [B, Q, H, D] in q's dtype; 0 for a query that sees no key. What lies in the cache beyond a row's length is never read into
-the result, and a non-finite token reaches only the queries that see it. Any Q: 1 to 8 decode and verify, more is chunked prefill.
-No backward.
+the Q tokens. o [B, Q, H, D] in q's dtype; 0 for a query that sees no key. What lies in the cache beyond a row's length is never
+read into the result, and a non-finite token reaches only the queries that see it. Any Q: 1 to 8 decode and verify, more is chunked
+prefill. No backward.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def _limits(name: str, inputs: tuple[Any, ...], needs_grad: bool) -> str | None:
 
 def _gather(cache: Tensor, table: Tensor) -> Tensor:
     """The rows' pages side by side: [pages, H, 64, D] and [B, P] -> [B, H, 64 P, D]."""
-    pages = cache[table]
-    return pages.transpose(1, 2).reshape(table.shape[0], cache.shape[1], -1, cache.shape[3])
+    pages = cache.transpose(0, 1)[:, table]  # heads in front: one copy, and the rest are views
+    return pages.reshape(cache.shape[1], table.shape[0], -1, cache.shape[3]).transpose(0, 1)
 
 
 def eager(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor, scale: float | None = None) -> Tensor:
@@ -58,7 +58,7 @@ def eager(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, leng
     ends = (lengths.view(-1, 1) - new + 1 + torch.arange(new, device=q.device))[:, None, :, None]
     place = torch.arange(keys, device=q.device)
     stale = (place >= lengths.view(-1, 1))[:, None, :, None]
-    k, v = k.masked_fill(stale, 0), v.masked_fill(stale, 0)
+    k, v = k.masked_fill_(stale, 0), v.masked_fill_(stale, 0)
     # a query without keys is given key 0, whatever it holds, so that its softmax is not empty; then its row is cleared
     o = _attend.sdpa(qh, k, v, scale, place < ends.clamp(min=1))
     return o.masked_fill(ends < 1, 0).transpose(1, 2)

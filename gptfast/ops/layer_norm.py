@@ -21,7 +21,15 @@ import gptfast.backend as backend
 from gptfast.errors import Error
 from gptfast.ops._common import limit_dtypes, requires_grad, rows
 
-limit_dtypes("layer_norm")
+_dtypes = limit_dtypes("layer_norm")
+
+
+@backend.limits("layer_norm")
+def _limit(name: str, inputs: tuple[Any, ...], needs_grad: bool) -> str | None:
+    columns = inputs[0].shape[-1]
+    if name == "triton" and columns > 16384:
+        return f"{columns} columns; this kernel holds a row in registers, up to 16384"
+    return _dtypes(name, inputs, needs_grad)
 
 
 def eager(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -35,12 +43,12 @@ def eager(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, e
 
 if backend.has_schema("layer_norm"):
 
-    @torch.library.register_fake("gptfast::layer_norm")
+    @torch.library.register_fake("gptfast::layer_norm")  # type: ignore[untyped-decorator]
     def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         statistics = x.new_empty(x.shape[0], dtype=torch.float32)
         return torch.empty_like(x), statistics, torch.empty_like(statistics)
 
-    @torch.library.register_fake("gptfast::layer_norm_backward")
+    @torch.library.register_fake("gptfast::layer_norm_backward")  # type: ignore[untyped-decorator]
     def _(dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dweight = x.new_empty(x.shape[1], dtype=torch.float32 if weight is None else weight.dtype)
         return torch.empty_like(x), dweight, torch.empty_like(dweight)

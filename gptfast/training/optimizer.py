@@ -94,6 +94,12 @@ class AdamW(torch.optim.AdamW):
                 on_device = any(g.get("capturable") or g.get("fused") for g in self.param_groups)
                 state["step"] = state["step"].clone().to(p.device if on_device else "cpu")
 
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, with a counter for every parameter: whoever reads it may advance them one by one."""
+        made = super().state_dict()
+        clones = ((i, {k: v.clone() if k == "step" else v for k, v in values.items()}) for i, values in made["state"].items())
+        return {**made, "state": dict(clones)}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
         """torch's, after which parameters with equal step counts share a counter again."""
         super().load_state_dict(state_dict)

@@ -16,7 +16,7 @@ from gptfast.errors import Error, LoadError
 from gptfast.model import GPT2LMHeadModel
 from gptfast.tokenizer import GPT2Tokenizer
 from gptfast.training import log
-from gptfast.training.trainer import Trainer, resolve_device
+from gptfast.training.trainer import Trainer, check_out, resolve_device
 
 
 def train(
@@ -31,6 +31,7 @@ def train(
     for name in ("data", "out"):
         if not getattr(config, name):
             raise Error(f"train: --{name} is needed")
+    check_out(Path(config.out), resume)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     meta = data.read_meta(config.data)
@@ -49,7 +50,7 @@ def train(
     trainer = Trainer(model, splits[0], splits[1] if len(splits) > 1 else None, config, tokenizer, quiet)
     if not quiet:
         parameters = sum(p.numel() for p in model.parameters())
-        print(f"{parameters / 1e6:,.1f} M parameters, {len(splits[0]):,} tokens", file=sys.stderr)
+        print(f"{parameters:,} parameters, {len(splits[0]):,} tokens to learn from", file=sys.stderr)
         print(f"backends: {backend.summary(resolve_device(config.device).type)}", file=sys.stderr)
     return trainer.fit(resume)
 

@@ -204,8 +204,7 @@ class Trainer:
     def _open(self, resume: bool) -> None:
         """Starts afresh, or from the newest checkpoint; opens the log."""
         if self.out is not None:
-            if not resume and self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-                raise Error(f"run {self.out} is not empty; go on with --resume, or name another folder with --out")
+            check_out(self.out, resume)
             self.out.mkdir(parents=True, exist_ok=True)
         found = checkpoint.newest(self.out) if resume and self.out is not None else None
         if found is None:
@@ -317,6 +316,12 @@ def export(model: Any, folder: Path, tokenizer: Any = None) -> None:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     checkpoint.sync_folder(folder)
+
+
+def check_out(out: Path, resume: bool) -> None:
+    """Raises gptfast.Error where `out` is not empty and resume is not asked for."""
+    if out.exists() and (not out.is_dir() or (not resume and any(out.iterdir()))):
+        raise Error(f"run {out} is not empty; go on with --resume, or name another folder with --out")
 
 
 def resolve_device(name: str) -> torch.device:

@@ -1,8 +1,8 @@
 """Fixtures of the tests of an op's definition and of its glue; the kernels themselves are proven by gptfast.testing's rule.
 
-A fast backend that no machine has yet would leave an op's autograd glue unexecuted. So each test file writes the formula of the op's
-docstring down as a leaf, in schema order, and `formula` registers it as the C++ backend: what the front door then returns, gradients
-included, is compared with the eager definition.
+A fast backend that no machine has yet would leave an op's autograd glue unexecuted. So each test file writes the formula of the
+op's docstring down as a leaf, in schema order, and `formula` registers it as the C++ backend: what the front door then returns,
+gradients included, is compared with the eager definition.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ def _run(function: Any, inputs: Sequence[Any], wanted: Sequence[bool], upstream:
 
 @pytest.fixture
 def same() -> Callable[..., None]:
-    """same(a, b, inputs, wanted=None, upstream="dense"): a(*inputs) and b(*inputs) agree in outputs and in the gradients of the float
-    inputs that `wanted` marks, to 1e-11 relative in float64; upstream gradients are random: dense, transposed or expanded (stride 0)."""
+    """same(a, b, inputs, wanted=None, upstream="dense"): a(*inputs) and b(*inputs) agree in outputs and in the gradients of the
+    float inputs that `wanted` marks, to 1e-11 in float64; upstream gradients are random: dense, transposed or expanded (stride 0).
+    """
 
     def check(a: Any, b: Any, inputs: Sequence[Any], wanted: Sequence[bool] | None = None, upstream: str = "dense") -> None:
         marks = [isinstance(x, Tensor) and x.is_floating_point() for x in inputs] if wanted is None else wanted
@@ -73,7 +74,7 @@ def same() -> Callable[..., None]:
 
 @pytest.fixture
 def compiled(eager: None) -> Iterator[Callable[[Any], Any]]:
-    """compiled(f): f under torch.compile(fullgraph=True), traced through autograd too; no code generation, which is PyTorch's matter."""
+    """compiled(f): f under torch.compile(fullgraph=True), traced through autograd too; code generation is PyTorch's matter."""
     torch._dynamo.reset()
     yield lambda function: torch.compile(function, fullgraph=True, backend="aot_eager")
     torch._dynamo.reset()

@@ -54,7 +54,8 @@ def test_gradcheck():
 
 
 def test_gradients_have_the_dtype_of_their_inputs(formula):
-    x, weight, bias = torch.randn(3, 5).bfloat16().requires_grad_(), torch.randn(4, 5).requires_grad_(), torch.randn(4).requires_grad_()
+    x = torch.randn(3, 5).bfloat16().requires_grad_()
+    weight, bias = torch.randn(4, 5).requires_grad_(), torch.randn(4).requires_grad_()
     for context in (backend("eager"), formula("linear", lambda x, w, b: x @ w.to(x.dtype).t(), lambda dy, x, w: (
         dy @ w.to(dy.dtype), dy.t().float() @ x.float(), dy.float().sum(0)))):
         with context:
@@ -65,7 +66,7 @@ def test_gradients_have_the_dtype_of_their_inputs(formula):
 
 
 def test_autocast_casts_the_inputs(formula):
-    x, weight, bias = torch.randn(3, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True), torch.randn(4, requires_grad=True)
+    x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((3, 5), (4, 5), (4,)))
     seen = []
 
     def watch(x, weight, bias):

@@ -1,7 +1,8 @@
 """Builds .cu files for the shim and runs their launchers on CPU tensors: `build("layer_norm.cu")` returns the loaded library.
 
 A library is cached under build/shim by the hash of everything that went into it. `replace` plants a mutant: pieces of csrc/cuda that
-are exchanged before compiling. `orders()` yields the three thread orders that every case runs under.
+are exchanged before compiling. `orders()` yields the three thread orders that every case runs under. An `Emulated` target lets
+gptfast.testing.check_op prove such a kernel behind the op's front door, autograd included.
 """
 
 from __future__ import annotations
@@ -14,14 +15,25 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
+
+import gptfast.backend as backend
+from gptfast.testing import Target, same_bits
 
 SHIM = Path(__file__).parent
 ROOT = SHIM.parent.parent
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+# every access of a kernel calls shim.cpp, which knows the buffers; so no sanitizer library is linked
+CHECKS = ["-fsanitize=kernel-address,alignment,bounds"]
+CHECKS += [f"--param={x}=0" for x in ("asan-instrumentation-with-call-threshold", "asan-stack", "asan-globals")]
 GUARD = 64  # elements on either side of a buffer that a kernel must leave alone
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 Replacement = tuple[str, str, str]  # file in csrc/cuda, old, new
@@ -33,32 +45,45 @@ class Array(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("type", ctypes.c_int32)]
 
 
-def array(tensor: torch.Tensor | None) -> Array:
+def array(tensor: Tensor | None) -> Array:
     return Array(None, 0) if tensor is None else Array(tensor.data_ptr(), TYPES[tensor.dtype])
 
 
-def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-class Buffer:
-    """A NaN-filled output with NaN guards around it. `offset` shifts it by elements from a 64-byte boundary."""
+class Buffers:
+    """Global memory of one launch: NaN-filled outputs and copies of inputs, each between NaN guards; the kernels may touch nothing else.
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, offset: int = 0) -> None:
-        size = torch.Size(shape).numel()
-        self.whole = torch.full((size + 2 * GUARD + offset,), torch.nan, dtype=dtype)
-        self.start = GUARD + offset
-        self.tensor = self.whole[self.start : self.start + size].view(*shape)
+    A buffer asked for with `aligned=False` starts `offset` elements past a multiple of 64 bytes. Use it in a `with`.
+    """
 
-    def guards_untouched(self) -> bool:
-        end = self.start + self.tensor.numel()
-        return bool(self.whole[: self.start].isnan().all() and self.whole[end:].isnan().all())
+    def __init__(self, library: ctypes.CDLL, offset: int = 0) -> None:
+        self.library, self.offset = library, offset
+        self.parts: list[tuple[Tensor, int, int]] = []
 
+    def __enter__(self) -> Buffers:
+        return self
 
-def guarded(tensor: torch.Tensor, offset: int = 0) -> torch.Tensor:
-    """A contiguous copy between NaN guards: a kernel that reads past the end computes NaN."""
-    buffer = Buffer(tensor.shape, tensor.dtype, offset)
-    return buffer.tensor.copy_(tensor)
+    def __exit__(self, *exception: object) -> None:
+        self.library.shim_allow(None, ctypes.c_uint64(0), 0)
+        for whole, start, end in self.parts:
+            assert whole[:start].isnan().all() and whole[end:].isnan().all(), "something was written outside the buffers"
+
+    def output(self, shape: Sequence[int], dtype: torch.dtype, aligned: bool = True, writable: bool = True) -> Tensor:
+        size, start = torch.Size(shape).numel(), GUARD + (0 if aligned else self.offset)
+        whole = torch.full((start + size + GUARD,), torch.nan, dtype=dtype)
+        self.parts.append((whole, start, start + size))
+        return self.allow(whole[start : start + size].view(*shape), writable)
+
+    def allow(self, tensor: Tensor, writable: bool) -> Tensor:
+        """Lets the kernels touch a contiguous tensor from elsewhere."""
+        self.library.shim_allow(pointer(tensor), ctypes.c_uint64(tensor.numel() * tensor.itemsize), int(writable))
+        return tensor
+
+    def input(self, tensor: Tensor, aligned: bool = True) -> Tensor:
+        return self.output(tensor.shape, tensor.dtype, aligned, writable=False).copy_(tensor.detach())
 
 
 def compiler() -> list[str] | None:
@@ -105,9 +130,7 @@ def build(name: str, replace: Sequence[Replacement] = (), folder: Path = ROOT / 
                 (tree / path).write_text(text)
             if not shim_object.exists():
                 _compile(tree, "tests/shim/shim.cpp", ["-c"], shim_object)
-            # the kernels check alignment and array bounds; shim.cpp answers those calls, so no sanitizer library is linked
-            checks = ["-fsanitize=alignment,bounds", "-c", "-x", "c++"]
-            kernels = _compile(tree, str((folder / name).relative_to(ROOT)), checks, tree / "kernels.o")
+            kernels = _compile(tree, str((folder / name).relative_to(ROOT)), [*CHECKS, "-c", "-x", "c++"], tree / "kernels.o")
             part = tree / library.name
             subprocess.run([*(compiler() or ()), "-shared", str(kernels), str(shim_object), "-o", str(part)], check=True, capture_output=True)
             part.replace(library)
@@ -120,7 +143,7 @@ def _compiler_version() -> str:
 
 
 def _digest(texts: dict[str, str]) -> str:
-    return hashlib.sha256(repr((sorted(texts.items()), _compiler_version(), compiler(), FLAGS)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((sorted(texts.items()), _compiler_version(), compiler(), FLAGS, CHECKS)).encode()).hexdigest()[:16]
 
 
 def orders(library: ctypes.CDLL, seed: int = 1) -> Iterator[str]:
@@ -128,3 +151,34 @@ def orders(library: ctypes.CDLL, seed: int = 1) -> Iterator[str]:
     for kind, name in enumerate(("forward", "reverse", f"random, seed {seed}")):
         library.shim_set_order(kind, ctypes.c_uint64(seed))
         yield name
+
+
+def in_all_orders(library: ctypes.CDLL, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """run() under the three orders: its results, which must be the same bits each time."""
+    results = {name: run() for name in orders(library)}
+    first = results["forward"]
+    for name, result in results.items():
+        assert all(same_bits(a, b) for a, b in zip(first, result, strict=True)), f"order {name} gives other bits than forward"
+    return first
+
+
+def succeeded(error: bytes | None) -> None:
+    assert error is None, f"launch failed: {(error or b'').decode()}"
+
+
+@dataclass(frozen=True)
+class Emulated(Target):
+    """The target 'cuda-emulated': `leaf` takes CPU tensors in schema order and runs the CUDA kernels under the shim."""
+
+    leaf: backend.Leaf | None = None
+
+    @property
+    def device(self) -> str:
+        return "cpu"
+
+    @contextmanager
+    def force(self, op: str) -> Iterator[Any]:
+        """The front door's C++ backend is the shim for so long."""
+        missing, impls = {(op, "cpp"): None}, {(op, "cpp"): self.leaf}
+        with mock.patch.dict(backend._missing, missing), mock.patch.dict(backend._impls, impls), backend.use(**{op: "cpp"}):
+            yield

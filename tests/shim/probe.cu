@@ -106,6 +106,9 @@ __global__ void mistakes(int which, float* out) {
   if (which == 4) out[i] = __shfl_sync(0xffu, out[i], 0);
   if (which == 5) reinterpret_cast<float*>(dynamic_shared)[i + 16] = 1.0f;
   if (which == 6) out[i] = reinterpret_cast<float*>(dynamic_shared)[i];
+  if (which == 8) out[i] = out[64];
+  if (which == 9) out[64] = 0.0f;
+  if (which == 10) ptx::cp_async_16(&dynamic_shared[0], out + 64);
   if (which == 7) out[i] = values[i + 1 < 64 ? i + 1 : 0];  // a race: forward and reverse order disagree
 }
 

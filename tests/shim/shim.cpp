@@ -2,7 +2,7 @@
 // ready one in the chosen order. Forward and reverse let one end of the block run ahead as far as it can, the seeded random order mixes
 // blocks and threads. Before each block its shared memory is NaN. Asynchronous copies land when their thread waits for them, and until
 // then the target is NaN. Whatever CUDA leaves undefined and this can see (a collective that some lanes never reach, a misaligned
-// vector, an index outside an array) stops the launch with a message.
+// vector, an access outside the buffers it was told of) stops the launch with a message.
 #include <link.h>
 #include <sys/mman.h>
 
@@ -49,7 +49,7 @@ struct Fiber {
 
 Order order = Order::forward;
 std::mt19937_64 random_bits;
-std::vector<Fiber> fibers(kMaxThreads);
+Fiber fibers[kMaxThreads];
 unsigned threads, warps_ready, ready[32], meeting[32];  // bits: warps with a ready fiber; by warp, fibers ready, or at a collective
 Fiber* running;
 void* scheduler;
@@ -57,6 +57,16 @@ unsigned char* stacks;
 const std::function<void()>* body;
 std::string error;
 std::map<const void*, int> dynamic_allowed;
+uint64_t first_block = 0;
+
+struct Range {
+  uintptr_t begin, end;
+  bool writable;
+
+  bool holds(uintptr_t address, size_t bytes) const { return address >= begin && address + bytes <= end; }
+};
+std::vector<Range> buffers;              // global memory that the kernels were given; unless there are some, nothing is checked
+Range shared, library, launcher_stack;   // what a thread may touch besides
 
 extern "C" void shim_switch(void** save, void* load);
 // Saves what the System V ABI asks a function to keep, and returns on another stack
@@ -81,7 +91,7 @@ shim_switch:
   ret
 )");
 
-unsigned number(const Fiber& fiber) { return static_cast<unsigned>(&fiber - fibers.data()); }
+unsigned number(const Fiber& fiber) { return static_cast<unsigned>(&fiber - fibers); }
 
 void set_state(Fiber& fiber, State state) {
   fiber.state = state;
@@ -130,24 +140,45 @@ Fiber* next() {
 
 void poison(unsigned char* from, unsigned char* to) { std::memset(from, 0xff, to - from); }
 
-// This library's thread-local segment: all shared memory there is
-int poison_segment(dl_phdr_info* info, size_t, void* dynamic_bytes) {
+// Finds this library in memory, and its thread-local segment: all shared memory there is
+int find_segments(dl_phdr_info* info, size_t, void*) {
   for (int i = 0; i < info->dlpi_phnum; ++i) {
     if (info->dlpi_phdr[i].p_type != PT_TLS || info->dlpi_tls_data == nullptr) continue;
-    auto* start = static_cast<unsigned char*>(info->dlpi_tls_data);
-    auto* end = start + info->dlpi_phdr[i].p_memsz;
-    if (dynamic_shared < start || dynamic_shared >= end) continue;
-    poison(start, dynamic_shared);
-    poison(dynamic_shared, dynamic_shared + *static_cast<size_t*>(dynamic_bytes) + kGuard);
-    poison(dynamic_shared + sizeof dynamic_shared, end);
+    const auto start = reinterpret_cast<uintptr_t>(info->dlpi_tls_data);
+    shared = {start, start + info->dlpi_phdr[i].p_memsz, true};
+    if (!shared.holds(reinterpret_cast<uintptr_t>(dynamic_shared), sizeof dynamic_shared)) continue;
+    library = {UINTPTR_MAX, 0, true};
+    for (int j = 0; j < info->dlpi_phnum; ++j) {
+      const auto& segment = info->dlpi_phdr[j];
+      if (segment.p_type != PT_LOAD) continue;
+      library.begin = std::min(library.begin, static_cast<uintptr_t>(info->dlpi_addr + segment.p_vaddr));
+      library.end = std::max(library.end, static_cast<uintptr_t>(info->dlpi_addr + segment.p_vaddr + segment.p_memsz));
+    }
     return 1;
   }
   return 0;
 }
 
+void poison_shared(size_t dynamic_bytes) {
+  poison(reinterpret_cast<unsigned char*>(shared.begin), dynamic_shared);
+  poison(dynamic_shared, dynamic_shared + dynamic_bytes + kGuard);
+  poison(dynamic_shared + sizeof dynamic_shared, reinterpret_cast<unsigned char*>(shared.end));
+}
+
+void check_access(uintptr_t address, size_t bytes, bool write) {
+  if (running == nullptr || buffers.empty()) return;
+  const auto bottom = reinterpret_cast<uintptr_t>(stacks);
+  if (address >= bottom && address < bottom + kMaxThreads * kStack) return;
+  if (shared.holds(address, bytes) || library.holds(address, bytes) || launcher_stack.holds(address, bytes)) return;
+  for (const Range& buffer : buffers) {
+    if (buffer.holds(address, bytes) && (buffer.writable || !write)) return;
+  }
+  shim::fail("%s of %zu bytes at %#lx is outside every buffer", write ? "a write" : "a read", bytes, static_cast<unsigned long>(address));
+}
+
 // Runs the block `blockIdx`; the reason in `error` where it cannot be finished
 void run_block(size_t dynamic_bytes) {
-  if (dl_iterate_phdr(poison_segment, &dynamic_bytes) != 1) error = "the library's shared memory was not found";
+  poison_shared(dynamic_bytes);
   warps_ready = 0;
   std::fill(std::begin(ready), std::end(ready), 0u);
   std::fill(std::begin(meeting), std::end(meeting), 0u);
@@ -159,7 +190,7 @@ void run_block(size_t dynamic_bytes) {
       shim_switch(&scheduler, fiber->stack_pointer);
       continue;
     }
-    const auto begin = fibers.begin(), end = begin + threads;
+    Fiber *const begin = fibers, *const end = begin + threads;
     const auto lost = std::find_if(begin, end, [](const Fiber& f) { return f.state == State::warp; });
     if (lost != end) {
       char text[200];
@@ -167,13 +198,14 @@ void run_block(size_t dynamic_bytes) {
       error = text;
     }
     bool released = false;
-    for (auto fiber = begin; fiber != end; ++fiber) {
+    for (Fiber* fiber = begin; fiber != end; ++fiber) {
       if (fiber->state != State::barrier) continue;
       set_state(*fiber, State::ready);
       released = true;
     }
     if (!released) break;
   }
+  running = nullptr;
   for (unsigned i = 0; i < kGuard && error.empty(); ++i) {
     if (dynamic_shared[dynamic_bytes + i] != 0xff) error = "a write past the end of dynamic shared memory";
   }
@@ -251,6 +283,8 @@ const void* exchange(const void* mine, unsigned bytes, const char* name) { retur
 
 void copy_later(void* to, const void* from, unsigned bytes, unsigned valid) {
   if (valid > bytes) shim::fail("cp.async of %u bytes with %u valid", bytes, valid);
+  check_access(reinterpret_cast<uintptr_t>(to), bytes, true);
+  check_access(reinterpret_cast<uintptr_t>(from), valid, false);
   std::memset(to, 0xff, bytes);
   running->open.push_back({to, from, bytes, valid});
 }
@@ -290,12 +324,19 @@ cudaError_t shim::launch(const cudaLaunchConfig_t& config, const void* kernel, c
     }
     stacks = static_cast<unsigned char*>(memory);
   }
+  if (dl_iterate_phdr(find_segments, nullptr) != 1) {
+    error = "the library's shared memory was not found";
+    return cudaErrorLaunchFailure;
+  }
+  const auto frame = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
+  launcher_stack = {frame, frame + 4096, false};  // the arguments that threads read lie in the frames that called this
   gridDim = config.gridDim;
   blockDim = config.blockDim;
   threads = blockDim.x * blockDim.y * blockDim.z;
   body = &thread;
-  std::vector<uint64_t> blocks(uint64_t{gridDim.x} * gridDim.y * gridDim.z);
-  for (uint64_t i = 0; i < blocks.size(); ++i) blocks[i] = i;
+  const uint64_t count = uint64_t{gridDim.x} * gridDim.y * gridDim.z;
+  std::vector<uint64_t> blocks(count - std::min(first_block, count - 1));
+  for (uint64_t i = 0; i < blocks.size(); ++i) blocks[i] = count - blocks.size() + i;
   if (order == Order::reverse) std::reverse(blocks.begin(), blocks.end());
   if (order == Order::random) std::shuffle(blocks.begin(), blocks.end(), random_bits);
   for (const uint64_t i : blocks) {
@@ -322,7 +363,32 @@ void shim_set_order(int kind, uint64_t seed) {
   random_bits.seed(seed);
 }
 
-// What code compiled with -fsanitize=alignment,bounds calls; the program is compiled for the shim, so they report like the rest
+// Later launches run only the blocks from this one on, at least the last: what a huge grid does at its far end
+void shim_set_first_block(uint64_t block) { first_block = block; }
+
+// From now on kernels may touch these bytes, and no global memory but what was allowed; null: forget all of it
+void shim_allow(void* start, uint64_t bytes, int writable) {
+  const auto begin = reinterpret_cast<uintptr_t>(start);
+  if (start == nullptr) {
+    buffers.clear();
+  } else {
+    buffers.push_back({begin, begin + bytes, writable != 0});
+  }
+}
+
+// What kernels call because of -fsanitize=kernel-address,alignment,bounds: the checks are here, no sanitizer library is linked
+#define SHIM_ACCESS(bytes)                                                                          \
+  void __asan_load##bytes##_noabort(uintptr_t address) { check_access(address, bytes, false); }     \
+  void __asan_store##bytes##_noabort(uintptr_t address) { check_access(address, bytes, true); }
+SHIM_ACCESS(1)
+SHIM_ACCESS(2)
+SHIM_ACCESS(4)
+SHIM_ACCESS(8)
+SHIM_ACCESS(16)
+void __asan_loadN_noabort(uintptr_t address, size_t bytes) { check_access(address, bytes, false); }
+void __asan_storeN_noabort(uintptr_t address, size_t bytes) { check_access(address, bytes, true); }
+void __asan_handle_no_return() {}
+
 struct Place {
   const char* file;
   uint32_t line, column;

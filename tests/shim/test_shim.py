@@ -133,6 +133,19 @@ def test_reports_what_cuda_leaves_undefined(probe: ctypes.CDLL, which: int, mess
     assert error is not None and re.search(message, error), error
 
 
+@pytest.mark.parametrize(("which", "message"), [(8, "a read of 4 bytes"), (9, "a write of 4 bytes"), (10, "a read of 16 bytes")])
+def test_reports_accesses_outside_the_buffers(shim: ModuleType, probe: ctypes.CDLL, which: int, message: str) -> None:
+    out = torch.zeros(128)
+    assert run(probe.probe_mistake, which, out) is None
+    with shim.Buffers(probe) as memory:
+        memory.allow(out[:64], writable=True)
+        error = run(probe.probe_mistake, which, out)
+        assert error is not None and re.search(f"{message} at .* is outside every buffer", error), error
+        memory.allow(out[64:], writable=False)
+        error = run(probe.probe_mistake, which, out)
+        assert (error is None) == (which != 9), error
+
+
 def test_shared_memory_starts_as_nan_and_races_show(shim: ModuleType, probe: ctypes.CDLL) -> None:
     out = torch.zeros(64)
     assert run(probe.probe_mistake, 6, out) is None and out.isnan().all()
