@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gptfast import _environment
+from gptfast import _environment, kernels
 from gptfast._environment import BACKENDS, OPS, check_backend, check_op
 from gptfast.errors import Error
 
@@ -144,19 +144,30 @@ class Leaf(NamedTuple):
     backward: Any
 
 
-_impls: dict[tuple[str, str], Any] = {}
+_impls: dict[tuple[str, str], Leaf] = {}
+
+
+def _import_kernels(op: str) -> bool:
+    importlib.import_module(f"gptfast.kernels.{op}")
+    return True
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo: torch.compile cannot trace an import, so it
+# calls this function while it traces
+_import_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def impl(op: str, name: str) -> Any:
     """The implementation itself: an object with `forward` and, where the op has one, `backward`, arguments in schema order."""
+    if name == "triton":
+        if not hasattr(kernels, op):
+            _import_kernels(op)
+        return getattr(kernels, op)
     key = op, name
     if key not in _impls:
-        if name == "triton":
-            _impls[key] = importlib.import_module(f"gptfast.kernels.{op}")
-        else:
-            space = torch.ops.gptfast
-            backward = getattr(space, f"{op}_backward").default if hasattr(space, f"{op}_backward") else None
-            _impls[key] = Leaf(getattr(space, op).default, backward)
+        space = torch.ops.gptfast
+        backward = getattr(space, f"{op}_backward").default if hasattr(space, f"{op}_backward") else None
+        _impls[key] = Leaf(getattr(space, op).default, backward)
     return _impls[key]
 
 

@@ -7,7 +7,7 @@ bench/results/proof.json, written by the test session (gptfast/testing.py) and b
 
 One record for each (op, backend, where). `where` is a device's name, "cpu shim" (CUDA C++ on the CPU, tests/shim), "interpreter"
 (Triton on the CPU), or for `executed: false` the architecture it was compiled for ("sm_90a"). `source` is the hash of the kernel's
-files: where it differs from the checkout's, the record is stale. No torch here.
+files: where it differs from the checkout's, the record is stale. A `+` behind the commit: the tree had changes. No torch here.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def record(op: str, backend: str, where: str, executed: bool = True) -> Record:
     check_op(op)
     check_backend(backend)
     today = time.strftime("%Y-%m-%d", time.gmtime())
-    return Record(op, backend, where, executed, today, commit()[0], source_hash(op, backend) or "unknown")
+    head, clean = commit()
+    return Record(op, backend, where, executed, today, head if clean else f"{head}+", source_hash(op, backend) or "unknown")
 
 
 def cpu_model() -> str:

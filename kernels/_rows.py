@@ -49,8 +49,10 @@ def row_config(columns: int, elements: int, per_thread: int) -> RowConfig:
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Launches go to the tensor's device; nothing to do for tensors that the interpreter works on."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    """Launches go to the tensor's device. Nothing to do on the CPU, nor in torch.compile, whose launches know theirs."""
+    if tensor.is_cuda and not torch.compiler.is_compiling():
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
 
 
 @triton.jit

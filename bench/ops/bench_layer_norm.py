@@ -10,6 +10,7 @@ x and writes y; backward reads x and dy and writes dx. Weight, bias and statisti
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -66,8 +67,9 @@ def candidates(torch_compile: bool) -> tuple[dict[str, Callable[..., Tensor]], d
     if not torch_compile:
         reasons["torch.compile"] = "asked for with --torch-compile"
         return found, reasons
-    torch._functorch.config.donated_buffer = False  # backward alone keeps its graph, which donated buffers forbid
     try:
+        # backward alone keeps its graph, which donated buffers forbid
+        importlib.import_module("torch._functorch.config").donated_buffer = False
         function = torch.compile(peer)
         function(*operands(1, 8, torch.float32)[0])
         found["torch.compile"] = function

@@ -1,5 +1,5 @@
-// The CUDA ops as PyTorch sees them: checks, outputs, workspace, the current device and stream, then a launcher. No header here needs a
-// CUDA toolkit or a CUDA build of torch, so this compiles, links and registers wherever nvcc compiled the kernels.
+// The CUDA ops as PyTorch sees them: checks, outputs, workspace, the current device and stream, then a launcher. No header here
+// needs a CUDA toolkit or a CUDA build of torch, so this compiles, links and registers wherever nvcc compiled the kernels.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -30,7 +30,9 @@ void* current_stream(const at::Tensor& tensor) {
 
 void check_launch(const char* error) { TORCH_CHECK(error == nullptr, error); }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm(const at::Tensor& x, OptionalTensor weight, OptionalTensor bias, double eps) {
+using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+Three layer_norm(const at::Tensor& x, OptionalTensor weight, OptionalTensor bias, double eps) {
   check_rows(x, "x");
   check_float(x, "x");
   check_norm_parameters(x, weight, bias);
@@ -43,8 +45,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm(const at::Tensor& x, O
   return {y, mean, rstd};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_backward(const at::Tensor& dy, const at::Tensor& x, OptionalTensor weight,
-                                                                   const at::Tensor& mean, const at::Tensor& rstd) {
+Three layer_norm_backward(const at::Tensor& dy, const at::Tensor& x, OptionalTensor weight, const at::Tensor& mean,
+                          const at::Tensor& rstd) {
   check_norm_backward(dy, x, weight, mean, rstd);
   TORCH_CHECK(x.size(1) <= INT_MAX, "x has rows of ", x.size(1), " numbers, allowed: ", INT_MAX);
   const c10::DeviceGuard guard(x.device());
@@ -53,9 +55,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_backward(const at::Ten
   at::Tensor dbias = at::empty_like(dweight);
   const int64_t floats = gptfast_layer_norm_backward_workspace(rows, columns, type_of(x));
   const at::Tensor workspace = at::empty({floats}, x.options().dtype(at::kFloat));
-  check_launch(gptfast_layer_norm_backward(dy.data_ptr(), array(x), array(weight), mean.data_ptr<float>(), rstd.data_ptr<float>(), rows,
-                                           columns, dx.data_ptr(), array(dweight), array(dbias), workspace.data_ptr<float>(),
-                                           current_stream(x)));
+  check_launch(gptfast_layer_norm_backward(dy.data_ptr(), array(x), array(weight), mean.data_ptr<float>(), rstd.data_ptr<float>(),
+                                           rows, columns, dx.data_ptr(), array(dweight), array(dbias),
+                                           workspace.data_ptr<float>(), current_stream(x)));
   return {dx, dweight, dbias};
 }
 

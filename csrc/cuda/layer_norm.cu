@@ -17,13 +17,11 @@ int64_t backward_blocks(int64_t rows, int64_t columns, int width) {
 }
 
 template <class T, int SPANS = 1>
-const char* forward_by_spans(int spans, dim3 grid, cudaStream_t stream, const T* x, Array weight, Array bias, float eps, int64_t rows,
-                             int columns, T* y, float* mean, float* rstd) {
-  if constexpr (SPANS <= kMaxSpans) {
-    if (spans > SPANS) return forward_by_spans<T, SPANS + 1>(spans, grid, stream, x, weight, bias, eps, rows, columns, y, mean, rstd);
-    return launch(layer_norm_forward<T, SPANS>, grid, kForwardWarps * 32, stream, x, weight, bias, eps, rows, columns, y, mean, rstd);
+auto forward_kernel(int spans) {
+  if constexpr (SPANS < kMaxSpans) {
+    if (spans > SPANS) return forward_kernel<T, SPANS + 1>(spans);
   }
-  return "layer_norm: row too long";
+  return layer_norm_forward<T, SPANS>;
 }
 
 template <class T>
@@ -33,7 +31,8 @@ const char* forward(const T* x, Array weight, Array bias, float eps, int64_t row
   const bool vectors = columns % E == 0 && aligned_16(x) && aligned_16(y);
   if (vectors && columns > 0 && columns <= kMaxSpans * kSpan) {
     const dim3 grid = std::min<int64_t>(ceil_div(rows, kForwardWarps), kMultiprocessors * 8);
-    return forward_by_spans<T>(ceil_div(columns, kSpan), grid, stream, x, weight, bias, eps, rows, columns, y, mean, rstd);
+    const auto kernel = forward_kernel<T>(static_cast<int>(ceil_div(columns, kSpan)));
+    return launch(kernel, grid, kForwardWarps * 32, stream, x, weight, bias, eps, rows, columns, y, mean, rstd);
   }
   const dim3 grid = std::min<int64_t>(rows, kMultiprocessors * 8);
   const auto kernel = vectors ? layer_norm_forward_wide<T, E> : layer_norm_forward_wide<T, 1>;
@@ -41,8 +40,8 @@ const char* forward(const T* x, Array weight, Array bias, float eps, int64_t row
 }
 
 template <class T>
-const char* backward(const T* dy, const T* x, Array weight, const float* mean, const float* rstd, int64_t rows, int64_t columns, T* dx,
-                     float* partial, cudaStream_t stream) {
+const char* backward(const T* dy, const T* x, Array weight, const float* mean, const float* rstd, int64_t rows, int64_t columns,
+                     T* dx, float* partial, cudaStream_t stream) {
   constexpr int E = kVectorWidth<T>;
   const bool vectors = columns % E == 0 && aligned_16(dy) && aligned_16(x) && aligned_16(dx);
   const dim3 grid = backward_blocks(rows, columns, E);
@@ -81,8 +80,8 @@ const char* gptfast_layer_norm_backward(const void* dy, Array x, Array weight, c
   if (rows > 0) {
     const char* error = with_type(x.type, [&](auto zero) {
       using T = decltype(zero);
-      return backward(static_cast<const T*>(dy), static_cast<const T*>(x.data), weight, mean, rstd, rows, columns, static_cast<T*>(dx),
-                      workspace, queue);
+      return backward(static_cast<const T*>(dy), static_cast<const T*>(x.data), weight, mean, rstd, rows, columns,
+                      static_cast<T*>(dx), workspace, queue);
     });
     if (error != nullptr) return error;
   }

@@ -19,8 +19,8 @@ constexpr int kReduceLanes = 32;            // threads that share one column whe
 
 // ---------------------------------------------------------------------------------------------------------------------- forward
 
-// Where the mean is large beside the deviations, its rounding is the largest error of all. So the deviations from the rounded mean m
-// are summed too, and their mean, `rest`, is taken off again.
+// Where the mean is large beside the deviations, its rounding is the largest error of all. So the deviations from the rounded mean
+// m are summed too, and their mean, `rest`, is taken off again.
 struct Statistics {
   float mean, rest, rstd;
 };
@@ -162,12 +162,13 @@ __global__ void __launch_bounds__(kWideThreads, 4)
 
 // --------------------------------------------------------------------------------------------------------------------- backward
 
-// Grid: any number of blocks of at least columns / E threads, whole warps. Thread t owns columns t E .. t E + E - 1 of kBackwardRows
-// rows at a time. partial [gridDim.x, 2, columns]: this block's sums for dweight, then for dbias.
+// Grid: any number of blocks of at least columns / E threads, whole warps. Thread t owns columns t E .. t E + E - 1 of
+// kBackwardRows rows at a time. partial [gridDim.x, 2, columns]: this block's sums for dweight, then for dbias.
 template <class T, int E>
 __global__ void __launch_bounds__(kMaxBackwardThreads)
     layer_norm_backward(const T* __restrict__ dy, const T* __restrict__ x, Array weight, const float* __restrict__ mean,
-                        const float* __restrict__ rstd, int64_t rows, int columns, T* __restrict__ dx, float* __restrict__ partial) {
+                        const float* __restrict__ rstd, int64_t rows, int columns, T* __restrict__ dx,
+                        float* __restrict__ partial) {
   constexpr int R = kBackwardRows;
   // two halves in turn, so that one barrier a tile is enough: who writes a half has passed the barrier after everybody read it
   __shared__ float scratch[2][kMaxBackwardThreads / 32][2 * R];
@@ -179,8 +180,9 @@ __global__ void __launch_bounds__(kMaxBackwardThreads)
     w[e] = active ? parameter(weight, column + e, 1.0f) : 0.0f;
     dweight[e] = dbias[e] = 0.0f;
   }
+  const int64_t step = static_cast<int64_t>(gridDim.x) * R;
   int half = 0;
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * R; first < rows; first += static_cast<int64_t>(gridDim.x) * R, half ^= 1) {
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * R; first < rows; first += step, half ^= 1) {
     Vec<T, E> grads[R], inputs[R];
     float m[R], s[R], sums[2 * R];
 #pragma unroll
@@ -245,7 +247,8 @@ __global__ void __launch_bounds__(kMaxBackwardThreads)
 template <class T, int E>
 __global__ void __launch_bounds__(kWideThreads, 4)
     layer_norm_backward_wide(const T* __restrict__ dy, const T* __restrict__ x, Array weight, const float* __restrict__ mean,
-                             const float* __restrict__ rstd, int64_t rows, int64_t columns, T* __restrict__ dx, float* __restrict__ partial) {
+                             const float* __restrict__ rstd, int64_t rows, int64_t columns, T* __restrict__ dx,
+                             float* __restrict__ partial) {
   __shared__ float scratch[kWideThreads / 32 * 2];
   float* dweight = partial + static_cast<int64_t>(blockIdx.x) * 2 * columns;
   float* dbias = dweight + columns;
@@ -283,8 +286,8 @@ __global__ void __launch_bounds__(kWideThreads, 4)
   }
 }
 
-// dweight (blockIdx.y 0) and dbias (1) from partial [parts, 2, columns]. Block (32, kReduceLanes), grid (columns / 32, 2): thread (i, j)
-// adds parts j, j + kReduceLanes, ... of column i, then warp i adds the lanes of column i.
+// dweight (blockIdx.y 0) and dbias (1) from partial [parts, 2, columns]. Block (32, kReduceLanes), grid (columns / 32, 2): thread
+// (i, j) adds parts j, j + kReduceLanes, ... of column i, then warp i adds the lanes of column i.
 __global__ void __launch_bounds__(32 * kReduceLanes)
     layer_norm_reduce(const float* __restrict__ partial, int64_t parts, int64_t columns, Array dweight, Array dbias) {
   __shared__ float sums[kReduceLanes][33];  // 33: a column's entries lie in different banks

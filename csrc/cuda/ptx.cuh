@@ -1,5 +1,5 @@
 // Every PTX instruction that kernels use, behind a function. Where __CUDA_ARCH__ is not defined the function has a host form, which
-// computes what the PTX ISA manual says of the instruction, so that a kernel can be executed by a host that plays a block's threads.
+// computes what the PTX ISA manual says of the instruction, so that a host that plays a block's threads can execute a kernel.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -140,7 +140,7 @@ __device__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32
   }
 }
 
-// Lane 8 m + r gives the address of row r of matrix m; every lane gets row lane/4, columns lane%4 * 2 and the next, or the transpose
+// Lane 8 m + r gives the address of row r of matrix m; every lane gets row lane/4, columns lane%4 * 2 and the next (or transposed)
 template <int MATRICES>
 __device__ void ldmatrix(uint32_t (&d)[MATRICES], const void* row, bool transposed, const char* name) {
   uint16_t mine[8] = {};
@@ -182,8 +182,8 @@ __device__ __forceinline__ void mma_fp16(float (&d)[4], const uint32_t (&a)[4], 
 #endif
 }
 
-// MATRICES (2 or 4) 8x8 matrices of 16-bit numbers from shared memory; lane 8 m + r passes the address of row r of matrix m, 16-byte
-// aligned. Register m: row lane/4, columns 2 (lane % 4) and the next; of the transpose with TRANSPOSED. ldmatrix.sync.aligned
+// MATRICES (2 or 4) 8x8 matrices of 16-bit numbers from shared memory; lane 8 m + r passes the address of row r of matrix m,
+// 16-byte aligned. Register m: row lane/4, columns 2 (lane % 4) and the next; of the transpose if TRANSPOSED. ldmatrix.sync.aligned
 template <int MATRICES, bool TRANSPOSED = false>
 __device__ __forceinline__ void load_matrices(uint32_t (&d)[MATRICES], const void* row) {
   static_assert(MATRICES == 2 || MATRICES == 4);
@@ -200,7 +200,10 @@ __device__ __forceinline__ void load_matrices(uint32_t (&d)[MATRICES], const voi
                  : "r"(address)
                  : "memory");
   } else if constexpr (TRANSPOSED) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(d[0]), "=r"(d[1]) : "r"(address) : "memory");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(d[0]), "=r"(d[1])
+                 : "r"(address)
+                 : "memory");
   } else {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(d[0]), "=r"(d[1]) : "r"(address) : "memory");
   }

@@ -31,7 +31,7 @@ __device__ __forceinline__ void warp_sums(float (&values)[N]) {
   for (; bit > 0; bit /= 2) values[0] += __shfl_xor_sync(0xffffffffu, values[0], bit);
 }
 
-// The sums over a one-dimensional block of WARPS warps, in every thread. scratch [WARPS * N] is shared memory and free again on return.
+// The sums over a one-dimensional block of WARPS warps, in every thread. scratch [WARPS * N] is shared memory, free on return.
 template <int WARPS, int N>
 __device__ __forceinline__ void block_sums(float (&values)[N], float* scratch) {
 #pragma unroll

@@ -58,7 +58,8 @@ struct Vec {
     if constexpr (E == 1) {
       return {narrow<T>(values[0])};
     } else if constexpr (std::is_same_v<T, float>) {
-      return {uint4{__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]), __float_as_uint(values[3])}};
+      return {uint4{__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]),
+                    __float_as_uint(values[3])}};
     } else {
       uint32_t word[4];
 #pragma unroll

@@ -96,6 +96,8 @@ def _resolve(model: GPT2LMHeadModel, generation_config: Any, given: Mapping[str,
                 raise Error(f"{where}argument {name} is not supported")
             elif value is not None and value not in NEUTRAL[name]:
                 raise Error(f"{where}argument {name}={value!r} is not supported")
+    if settings["output_scores"] and settings["num_beams"] == 1:
+        raise Error("generate: output_scores=True is supported with num_beams > 1; without beams logprobs= gives log-probabilities")
     if "max_length" in given and given["max_length"] is not None and given.get("max_new_tokens") is None:
         settings["max_new_tokens"] = None  # the call's length counts more than the file's
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -25,7 +25,7 @@ import gptfast.backend as backend
 from gptfast import philox
 from gptfast.errors import Error
 from gptfast.ops import _attend
-from gptfast.ops._common import autocast, check_noise, limit_dtypes, requires_grad, same_dtype
+from gptfast.ops._common import autocast, check_noise, limit_dtypes, on_host, requires_grad, same_dtype
 
 HEAD_SIZES = (32, 40, 64, 80, 96, 128)
 _NOISE_ELEMENTS = 2**22  # words drawn at a time: 32 MB each for about ten temporaries
@@ -97,15 +97,19 @@ def eager(
     """PyTorch's own scaled_dot_product_attention, with is_causal where there are no documents; with dropout the formula itself,
     as PyTorch's noise is a state. Differentiated by plain autograd. [B, T, H, D] -> [B, T, H, D] in q's dtype."""
     scale = 1 / math.sqrt(max(1, q.shape[-1])) if scale is None else scale
-    if document_ids is not None:  # so that nothing non-finite in the padding meets a zero gradient
-        padding = (document_ids < 0)[:, :, None, None]
-        q, k, v = (t.masked_fill(padding, 0) for t in (q, k, v))
+    padding = None
+    if document_ids is not None:
+        if on_host(document_ids) and bool(((document_ids == document_ids[:, :1]) & (document_ids >= 0)).all()):
+            document_ids = None  # one document a row
+        else:  # zeros, so that nothing non-finite in the padding meets a zero gradient
+            padding = (document_ids < 0)[:, :, None, None]
+            q, k, v = (t.masked_fill(padding, 0) for t in (q, k, v))
     if dropout_p > 0:
         return definition(q, k, v, scale, document_ids, dropout_p, seed)[0]
     visible = None if document_ids is None else _visible(document_ids)
     qh, kh, vh = (t.transpose(1, 2) for t in (q, k, v))
     o = _attend.sdpa(qh, kh, vh, scale, visible, causal=visible is None).transpose(1, 2)
-    return o if document_ids is None else o.masked_fill(padding, 0)
+    return o if padding is None else o.masked_fill(padding, 0)
 
 
 def _three(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

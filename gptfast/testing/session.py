@@ -132,7 +132,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-proof-rows", action="store_true", help="add the rows executed now to tests/proof_rows.json and proof.json")
+    parser.addoption("--update-proof-rows", action="store_true", help="record what was executed in proof_rows.json and proof.json")
 
 
 def pytest_configure(config: pytest.Config) -> None:

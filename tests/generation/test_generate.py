@@ -174,6 +174,7 @@ def test_nan_is_reported(model):
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        ({"output_scores": True}, "output_scores=True is supported with num_beams > 1"),
         ({"temprature": 1}, "argument temprature is not supported"), ({"penalty_alpha": 0.5}, "argument penalty_alpha=0.5 is not"),
         ({"no_repeat_ngram_size": 2}, "argument no_repeat_ngram_size=2"), ({"use_cache": False}, "argument use_cache=False"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"), ({"max_length": 4}, "max_length is 4"), ({"num_beams": 0}, "num_beams is"),

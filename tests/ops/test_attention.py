@@ -130,6 +130,13 @@ def test_documents_do_not_see_each_other():
     torch.testing.assert_close(ops.attention(q, k, v, document_ids=torch.tensor([[3, 3, 3, 3, 5, 5]])), apart)
 
 
+def test_one_document_a_row_is_none():
+    q, k, v = tokens()
+    for ids in (torch.zeros(2, 7, dtype=torch.int32), torch.tensor([[3], [8]]).expand(2, 7)):
+        assert torch.equal(ops.attention(q, k, v, document_ids=ids), ops.attention(q, k, v))
+    assert not ops.attention(q, k, v, document_ids=torch.tensor([[0], [-1]]).expand(2, 7))[1].any()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -56,11 +56,12 @@ class Kernels:
                 statistics = [memory.input(t) for t in (mean, rstd)]
                 dx = memory.output(x.shape, x.dtype, aligned=False)
                 dweight, dbias = (memory.output((columns,), torch.float32 if weight is None else weight.dtype) for _ in range(2))
-                floats = self.library.gptfast_layer_norm_backward_workspace(c_int64(rows), c_int64(columns), self.shim.TYPES[x.dtype])
+                sizes = c_int64(rows), c_int64(columns)
+                floats = self.library.gptfast_layer_norm_backward_workspace(*sizes, self.shim.TYPES[x.dtype])
                 workspace = memory.output((floats,), torch.float32)
                 error = self.library.gptfast_layer_norm_backward(
-                    pointer(grads), array(source), array(scale), *map(pointer, statistics), c_int64(rows), c_int64(columns),
-                    pointer(dx), array(dweight), array(dbias), pointer(workspace), None,
+                    pointer(grads), array(source), array(scale), *map(pointer, statistics), *sizes, pointer(dx), array(dweight),
+                    array(dbias), pointer(workspace), None,
                 )  # fmt: skip
                 self.shim.succeeded(error)
             return dx, dweight, dbias
@@ -81,8 +82,7 @@ def inputs(rows: int, columns: int, dtype: torch.dtype, parameters: str, shift: 
 
 def prove(shim: ModuleType, kernels: Kernels, rows: int, columns: int, precision: str, parameters: str, shift: float = 0.0) -> None:
     target = shim.Emulated("cpp", precision, "cuda-emulated", backend.Leaf(kernels.forward, kernels.backward))
-    sums = ("dweight", "dbias") if rows > 64 else ()
-    check_op("layer_norm", ops.layer_norm, eager, inputs(rows, columns, DTYPES[precision], parameters, shift), target, long_sums=sums)
+    check_op("layer_norm", ops.layer_norm, eager, inputs(rows, columns, DTYPES[precision], parameters, shift), target)
 
 
 @pytest.fixture(scope="module")
@@ -143,17 +143,17 @@ SMALL = (
 )
 CASES = [(37, 260), (29, 65), (5, 516), (3, 517)]  # with one multiprocessor's grid every block makes several turns
 MUTANTS = {
-    "forward reads parameters before the barrier": ("layer_norm.cuh", "  }\n  __syncthreads();\n\n  const int lane", "  }\n\n  const int lane"),
+    "forward reads parameters before the barrier": ("layer_norm.cuh", "  __syncthreads();\n\n  const int lane", "  const int lane"),
     "backward reads sums before the barrier": ("layer_norm.cuh", "= sums[0];\n    __syncthreads();", "= sums[0];"),
     "one buffer of sums for all tiles": ("layer_norm.cuh", ", half ^= 1)", ")"),
     "reduce reads before the barrier": ("layer_norm.cuh", "= sum;\n  __syncthreads();", "= sum;"),
     "block_sums leaves its scratch too early": ("reduce.cuh", "* N + i];\n  }\n  __syncthreads();\n}", "* N + i];\n  }\n}"),
     "bias of one column in four ignored": ("layer_norm.cuh", "a.z + b.z;", "a.z;"),
     "variance counts what lies past the row": (
-        "layer_norm.cuh", "span + 1 < SPANS || quad_column<T>(span, i / 4, lane) < columns ? v[span][i] - m : 0.0f", "v[span][i] - m",
+        "layer_norm.cuh", "= span + 1 < SPANS || quad_column<T>(span, i / 4, lane) < columns ? v[span][i] - m : 0.0f", "-= m",
     ),
     "last row unwritten": ("layer_norm.cuh", "+ warp; row < rows;", "+ warp; row + 1 < rows;"),
-    "a tile reads the row past the end": ("layer_norm.cuh", "const bool there = first + r < rows;", "const bool there = first + r <= rows;"),
+    "a tile reads the row past the end": ("layer_norm.cuh", "there = first + r < rows;", "there = first + r <= rows;"),
     "dx without the mean of g xhat": ("layer_norm.cuh", "w[e] - mean_g - xhat * mean_gx);", "w[e] - mean_g + 0 * mean_gx);"),
     "dbias of the last row only": ("layer_norm.cuh", "        dbias[e] += g[e];", "        dbias[e] = g[e];"),
     "first partial sum lost": ("layer_norm.cuh", "part = threadIdx.y;", "part = threadIdx.y + 1;"),
@@ -169,7 +169,8 @@ def sparse(*shape: int) -> Tensor:
 
 def far_end(shim: ModuleType, *mutants: tuple[str, str, str]) -> None:
     """The last block of each launch over more than 2^31 numbers; the other blocks do not run, and their rows take no memory."""
-    library = shim.build("layer_norm.cu", (*SMALL[:-1], ("launch.cuh", "kMultiprocessors = 132;", "kMultiprocessors = 4096;"), *mutants))
+    many = ("launch.cuh", "kMultiprocessors = 132;", "kMultiprocessors = 4096;")
+    library = shim.build("layer_norm.cu", (*SMALL[:-1], many, *mutants))
     Kernels(shim, library)
     rows, columns = 6 * 3 * 2**18, 512  # a multiple of what either grid takes at once: the last row belongs to the last block
     assert rows * columns > 2**31
@@ -184,8 +185,8 @@ def far_end(shim: ModuleType, *mutants: tuple[str, str, str]) -> None:
         library.shim_set_first_block(ctypes.c_uint64(2**40))
         forward = (array(x), array(None), array(None), c_float(1e-5), *sizes, *map(pointer, (y, mean, rstd)), None)
         shim.succeeded(library.gptfast_layer_norm(*forward))
-        backward = (pointer(x), array(x), array(None), *map(pointer, (mean, rstd)), *sizes, pointer(dx), array(dweight), array(dbias))
-        shim.succeeded(library.gptfast_layer_norm_backward(*backward, pointer(workspace), None))
+        backward = (pointer(x), array(x), array(None), *map(pointer, (mean, rstd)), *sizes, pointer(dx))
+        shim.succeeded(library.gptfast_layer_norm_backward(*backward, array(dweight), array(dbias), pointer(workspace), None))
     leaf = tail.clone().requires_grad_()
     expected = torch.nn.functional.layer_norm(leaf, (columns,))
     expected.backward(tail)
@@ -195,7 +196,7 @@ def far_end(shim: ModuleType, *mutants: tuple[str, str, str]) -> None:
 
 def test_offsets_beyond_2_to_the_31(shim: ModuleType) -> None:
     far_end(shim)
-    with pytest.raises(AssertionError, match="outside every buffer"):
+    with pytest.raises(AssertionError):
         far_end(shim, ("layer_norm.cuh", "const int64_t offset = (first", "const int offset = (first"))
 
 

@@ -133,8 +133,10 @@ def test_ties_at_a_boundary_are_all_kept():
 
 
 def test_mass_is_counted_exactly():
-    """Four equal values: a share of one half needs exactly two of them in integers, and ties keep all; then just below a half."""
-    assert kept([0.0, 0.0, -40.0, -50.0], top_p=0.5) == {0, 1}
+    """A value whose mass is exactly half of the best's: a share of one half is reached by the best alone, and by no less."""
+    near = torch.tensor(-math.log(2)).view(torch.int32) + torch.arange(-50, 50, dtype=torch.int32)
+    half = float(near.view(torch.float32)[philox.mass(near.view(torch.float32)) == 2**39][0])
+    assert kept([0.0, half, half], top_p=0.5) == {0} and kept([0.0, half, half, -27.0], top_p=0.5) == {0, 1, 2}
     assert kept([math.log(2.0), 0.0, -30.0], top_p=2 / 3 - 1e-4) == {0}
     assert kept([math.log(2.0), 0.0, -30.0], top_p=2 / 3 + 1e-4) == {0, 1}
 

@@ -1,6 +1,6 @@
-// A stand-in for CUDA's header of this name: with this folder first on the include path, g++ compiles a .cu and its .cuh files as they
-// are, and shim.cpp executes what they launch on the CPU. Threads of a block are fibers that switch where CUDA lets threads meet:
-// at barriers and warp collectives. What is not here does not exist in the base form that kernels have to keep to.
+// A stand-in for CUDA's header of this name: with this folder first on the include path, g++ compiles a .cu and its .cuh files as
+// they are, and shim.cpp executes what they launch on the CPU. Threads of a block are fibers that switch where CUDA lets threads
+// meet: at barriers and warp collectives. What is not here does not exist in the base form that kernels have to keep to.
 #pragma once
 
 #include <cmath>
@@ -17,8 +17,8 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(bytes) __attribute__((aligned(bytes)))
-// One block runs at a time, on one thread of the operating system. So everything thread-local in this library is shared memory of the
-// block that runs, which is how shim.cpp finds and poisons it.
+// One block runs at a time, on one thread of the operating system. So everything thread-local in this library is shared memory of
+// the block that runs, which is how memory.cpp finds and poisons it.
 #define __shared__ thread_local
 
 struct dim3 {

@@ -1,8 +1,8 @@
 """Builds .cu files for the shim and runs their launchers on CPU tensors: `build("layer_norm.cu")` returns the loaded library.
 
-A library is cached under build/shim by the hash of everything that went into it. `replace` plants a mutant: pieces of csrc/cuda that
-are exchanged before compiling. `orders()` yields the three thread orders that every case runs under. An `Emulated` target lets
-gptfast.testing.check_op prove such a kernel behind the op's front door, autograd included.
+A library is cached under build/shim by the hash of everything that went into it. `replace` plants a mutant: pieces of csrc/cuda
+that are exchanged before compiling. `orders()` yields the three thread orders that every case runs under. An `Emulated` target
+lets gptfast.testing.check_op prove such a kernel behind the op's front door, autograd included.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shlex
-import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,9 @@ from gptfast.testing import Target, same_bits
 
 SHIM = Path(__file__).parent
 ROOT = SHIM.parent.parent
-FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique"]
+FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+MACHINE = ("shim.cpp", "memory.cpp")
 # every access of a kernel calls shim.cpp, which knows the buffers; so no sanitizer library is linked
 CHECKS = ["-fsanitize=kernel-address,alignment,bounds"]
 CHECKS += [f"--param={x}=0" for x in ("asan-instrumentation-with-call-threshold", "asan-stack", "asan-globals")]
@@ -54,9 +57,10 @@ def pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 
 class Buffers:
-    """Global memory of one launch: NaN-filled outputs and copies of inputs, each between NaN guards; the kernels may touch nothing else.
+    """Global memory of one launch: NaN-filled outputs and copies of inputs, each between NaN guards.
 
-    A buffer asked for with `aligned=False` starts `offset` elements past a multiple of 64 bytes. Use it in a `with`.
+    Kernels may touch nothing else. A buffer asked for with `aligned=False` starts `offset` elements past a multiple of 64 bytes.
+    Use it in a `with`.
     """
 
     def __init__(self, library: ctypes.CDLL, offset: int = 0) -> None:
@@ -86,16 +90,30 @@ class Buffers:
         return self.output(tensor.shape, tensor.dtype, aligned, writable=False).copy_(tensor.detach())
 
 
-def compiler() -> list[str] | None:
-    """The C++ compiler, or None if there is none."""
-    command = shlex.split(os.environ.get("CXX", "g++"))
-    return command if shutil.which(command[0]) else None
+def compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "g++"))
+
+
+def missing() -> str | None:
+    """Why the shim cannot be built or run here; None if it can."""
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        return f"the shim runs on Linux x86-64, this is {sys.platform} {platform.machine()}"
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
+        source.write_text('extern "C" int probe(int n) { return n; }\n')
+        try:
+            subprocess.run([*compiler(), *FLAGS, *CHECKS, "-c", source, "-o", Path(folder, "probe.o")], check=True, capture_output=True)
+            subprocess.run([*compiler(), *FLAGS, "-shared", source, "-o", library], check=True, capture_output=True)
+            return None if ctypes.CDLL(str(library)).probe(3) == 3 else f"{compiler()[0]} makes code that does not run"
+        except (OSError, subprocess.CalledProcessError):
+            return f"no C++ compiler that builds the shim ({compiler()[0]})"
 
 
 def _sources(source: Path, replace: Sequence[Replacement]) -> dict[str, str]:
     """Everything the library is made of: path relative to the source tree -> text, mutants planted."""
-    headers = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.cuh"), *SHIM.glob("*.h")]
-    texts = {str(path.relative_to(ROOT)): path.read_text() for path in (*headers, SHIM / "shim.cpp", source)}
+    folders = (ROOT / "csrc", ROOT / "csrc/cuda", SHIM)
+    headers = [path for folder in folders for path in folder.iterdir() if path.suffix in (".h", ".cuh")]
+    texts = {str(path.relative_to(ROOT)): path.read_text() for path in (*headers, *(SHIM / name for name in MACHINE), source)}
     for name, old, new in replace:
         places = [key for key in texts if Path(key).name == name]
         if len(places) != 1 or texts[places[0]].count(old) != 1:
@@ -104,42 +122,42 @@ def _sources(source: Path, replace: Sequence[Replacement]) -> dict[str, str]:
     return texts
 
 
-def _compile(tree: Path, source: str, flags: Sequence[str], target: Path) -> Path:
-    """Compiles tree/source into `target` by way of a temporary name, so that a file that is there is complete."""
-    command = compiler()
-    assert command is not None, "ask compiler() first"
-    part = tree / target.name
-    include = [f"-I{tree / 'tests/shim'}", f"-I{tree / 'csrc'}"]
-    subprocess.run([*command, *FLAGS, *include, *flags, str(tree / source), "-o", str(part)], check=True, capture_output=True, text=True)
+def _run(command: Sequence[str], part: Path, target: Path) -> Path:
+    """Runs a compiler that writes `part`, then gives it its final name: a file that is there is complete."""
+    done = subprocess.run([*compiler(), *command, "-o", str(part)], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(done.args)}\n{done.stderr}")
     return part.replace(target)
 
 
 def build(name: str, replace: Sequence[Replacement] = (), folder: Path = ROOT / "csrc/cuda") -> ctypes.CDLL:
-    """The library of folder/name (.cu) and the shim, from the cache or compiled. Raises CalledProcessError with the compiler's words."""
+    """The library of folder/name (.cu) and the shim, from the cache or compiled. Raises RuntimeError with the compiler's words."""
     texts = _sources(folder / name, replace)
-    shim = {key: text for key, text in texts.items() if key.startswith("tests/shim/") or key == "csrc/cuda/ptx.cuh"}
-    shim.pop(f"tests/shim/{name}", None)
+    machine = {key: text for key, text in texts.items() if Path(key).name in (*MACHINE, "memory.h", "cuda_runtime.h", "ptx.cuh")}
     cache = ROOT / "build/shim"
-    library, shim_object = cache / f"{Path(name).stem}-{_digest(texts)}.so", cache / f"shim-{_digest(shim)}.o"
-    if not library.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as temporary:
-            tree = Path(temporary)
-            for path, text in texts.items():
-                (tree / path).parent.mkdir(parents=True, exist_ok=True)
-                (tree / path).write_text(text)
-            if not shim_object.exists():
-                _compile(tree, "tests/shim/shim.cpp", ["-c"], shim_object)
-            kernels = _compile(tree, str((folder / name).relative_to(ROOT)), [*CHECKS, "-c", "-x", "c++"], tree / "kernels.o")
-            part = tree / library.name
-            subprocess.run([*(compiler() or ()), "-shared", str(kernels), str(shim_object), "-o", str(part)], check=True, capture_output=True)
-            part.replace(library)
+    library = cache / f"{Path(name).stem}-{_digest(texts)}.so"
+    objects = {source: cache / f"{Path(source).stem}-{_digest(machine)}.o" for source in MACHINE}
+    if library.exists():
+        return ctypes.CDLL(str(library))
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        tree = Path(temporary)
+        for path, text in texts.items():
+            (tree / path).parent.mkdir(parents=True, exist_ok=True)
+            (tree / path).write_text(text)
+        compile_flags = [*FLAGS, f"-I{tree / 'tests/shim'}", f"-I{tree / 'csrc'}", "-c"]
+        for source, target in objects.items():
+            if not target.exists():
+                _run([*compile_flags, str(tree / "tests/shim" / source)], tree / target.name, target)
+        kernels = str(tree / (folder / name).relative_to(ROOT))
+        part = _run([*compile_flags, *CHECKS, "-x", "c++", kernels], tree / "part.o", tree / "kernels.o")
+        _run(["-shared", str(part), *map(str, objects.values())], tree / library.name, library)
     return ctypes.CDLL(str(library))
 
 
 @functools.cache
 def _compiler_version() -> str:
-    return subprocess.run([*(compiler() or ()), "--version"], check=True, capture_output=True, text=True).stdout
+    return subprocess.run([*compiler(), "--version"], check=True, capture_output=True, text=True).stdout
 
 
 def _digest(texts: dict[str, str]) -> str:

@@ -106,10 +106,10 @@ __global__ void mistakes(int which, float* out) {
   if (which == 4) out[i] = __shfl_sync(0xffu, out[i], 0);
   if (which == 5) reinterpret_cast<float*>(dynamic_shared)[i + 16] = 1.0f;
   if (which == 6) out[i] = reinterpret_cast<float*>(dynamic_shared)[i];
+  if (which == 7) out[i] = values[i + 1 < 64 ? i + 1 : 0];  // a race: forward and reverse order disagree
   if (which == 8) out[i] = out[64];
   if (which == 9) out[64] = 0.0f;
   if (which == 10) ptx::cp_async_16(&dynamic_shared[0], out + 64);
-  if (which == 7) out[i] = values[i + 1 < 64 ? i + 1 : 0];  // a race: forward and reverse order disagree
 }
 
 template <class... Parameters, class... Arguments>
@@ -125,7 +125,9 @@ const char* run(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dyn
 }  // namespace
 
 extern "C" {
-const char* probe_reverse_block(const float* from, float* to, int blocks, int threads) { return run(reverse_block, blocks, threads, 0, from, to); }
+const char* probe_reverse_block(const float* from, float* to, int blocks, int threads) {
+  return run(reverse_block, blocks, threads, 0, from, to);
+}
 const char* probe_pipeline(const float* from, float* to, int tiles) { return run(pipeline, 1, 64, 2048, from, to, tiles); }
 const char* probe_product(const uint16_t* a, const uint16_t* b, float* d, int bf16) {
   return run(bf16 ? product<true> : product<false>, 1, 32, 0, a, b, d);

@@ -1,9 +1,8 @@
-// Executes kernels on the CPU. A block's threads are fibers; one runs until it waits at a barrier or a warp collective, then the next
-// ready one in the chosen order. Forward and reverse let one end of the block run ahead as far as it can, the seeded random order mixes
-// blocks and threads. Before each block its shared memory is NaN. Asynchronous copies land when their thread waits for them, and until
-// then the target is NaN. Whatever CUDA leaves undefined and this can see (a collective that some lanes never reach, a misaligned
-// vector, an access outside the buffers it was told of) stops the launch with a message.
-#include <link.h>
+// Executes kernels on the CPU. A block's threads are fibers; one runs until it waits at a barrier or a warp collective, then the
+// next ready one in the chosen order. Forward and reverse let one end of the block run ahead as far as it can, the seeded random
+// order mixes blocks and threads. Before each block its shared memory is NaN. Asynchronous copies land when their thread waits for
+// them, and until then the target is NaN. Whatever CUDA leaves undefined and this can see (a collective that some lanes never
+// reach, a misaligned vector, an access outside the buffers it was told of) stops the launch with a message.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -16,14 +15,13 @@
 #include <vector>
 
 #include "cuda/ptx.cuh"
+#include "memory.h"
 
-constexpr unsigned kStaticLimit = 48 << 10, kDynamicLimit = 227 << 10, kGuard = 1024, kMaxThreads = 1024, kMaxBytes = 64;
+constexpr unsigned kMaxThreads = 1024, kMaxBytes = 64;
 constexpr size_t kStack = (64 << 10) + 832;  // not a power of two: the tops of all stacks would share a few cache lines
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
-// `extern __shared__ __align__(1024) unsigned char dynamic_shared[];` in a kernel; the guard behind it must stay untouched
-alignas(1024) thread_local unsigned char dynamic_shared[kDynamicLimit + kGuard];
 
 namespace {
 
@@ -53,20 +51,10 @@ Fiber fibers[kMaxThreads];
 unsigned threads, warps_ready, ready[32], meeting[32];  // bits: warps with a ready fiber; by warp, fibers ready, or at a collective
 Fiber* running;
 void* scheduler;
-unsigned char* stacks;
 const std::function<void()>* body;
 std::string error;
 std::map<const void*, int> dynamic_allowed;
 uint64_t first_block = 0;
-
-struct Range {
-  uintptr_t begin, end;
-  bool writable;
-
-  bool holds(uintptr_t address, size_t bytes) const { return address >= begin && address + bytes <= end; }
-};
-std::vector<Range> buffers;              // global memory that the kernels were given; unless there are some, nothing is checked
-Range shared, library, launcher_stack;   // what a thread may touch besides
 
 extern "C" void shim_switch(void** save, void* load);
 // Saves what the System V ABI asks a function to keep, and returns on another stack
@@ -118,7 +106,7 @@ void prepare(Fiber& fiber) {
   fiber.groups.clear();
   fiber.open.clear();
   set_state(fiber, State::ready);
-  auto** top = reinterpret_cast<void**>(stacks + (i + 1) * kStack);
+  auto** top = reinterpret_cast<void**>(shim::stacks.begin + (i + 1) * kStack);
   top[-2] = reinterpret_cast<void*>(&run_fiber);  // a return address 16 bytes below the top: the alignment that a call leaves
   fiber.stack_pointer = top - 8;                  // and six registers below it
 }
@@ -138,47 +126,9 @@ Fiber* next() {
   return &fibers[warp * 32 + pick(ready[warp])];
 }
 
-void poison(unsigned char* from, unsigned char* to) { std::memset(from, 0xff, to - from); }
-
-// Finds this library in memory, and its thread-local segment: all shared memory there is
-int find_segments(dl_phdr_info* info, size_t, void*) {
-  for (int i = 0; i < info->dlpi_phnum; ++i) {
-    if (info->dlpi_phdr[i].p_type != PT_TLS || info->dlpi_tls_data == nullptr) continue;
-    const auto start = reinterpret_cast<uintptr_t>(info->dlpi_tls_data);
-    shared = {start, start + info->dlpi_phdr[i].p_memsz, true};
-    if (!shared.holds(reinterpret_cast<uintptr_t>(dynamic_shared), sizeof dynamic_shared)) continue;
-    library = {UINTPTR_MAX, 0, true};
-    for (int j = 0; j < info->dlpi_phnum; ++j) {
-      const auto& segment = info->dlpi_phdr[j];
-      if (segment.p_type != PT_LOAD) continue;
-      library.begin = std::min(library.begin, static_cast<uintptr_t>(info->dlpi_addr + segment.p_vaddr));
-      library.end = std::max(library.end, static_cast<uintptr_t>(info->dlpi_addr + segment.p_vaddr + segment.p_memsz));
-    }
-    return 1;
-  }
-  return 0;
-}
-
-void poison_shared(size_t dynamic_bytes) {
-  poison(reinterpret_cast<unsigned char*>(shared.begin), dynamic_shared);
-  poison(dynamic_shared, dynamic_shared + dynamic_bytes + kGuard);
-  poison(dynamic_shared + sizeof dynamic_shared, reinterpret_cast<unsigned char*>(shared.end));
-}
-
-void check_access(uintptr_t address, size_t bytes, bool write) {
-  if (running == nullptr || buffers.empty()) return;
-  const auto bottom = reinterpret_cast<uintptr_t>(stacks);
-  if (address >= bottom && address < bottom + kMaxThreads * kStack) return;
-  if (shared.holds(address, bytes) || library.holds(address, bytes) || launcher_stack.holds(address, bytes)) return;
-  for (const Range& buffer : buffers) {
-    if (buffer.holds(address, bytes) && (buffer.writable || !write)) return;
-  }
-  shim::fail("%s of %zu bytes at %#lx is outside every buffer", write ? "a write" : "a read", bytes, static_cast<unsigned long>(address));
-}
-
 // Runs the block `blockIdx`; the reason in `error` where it cannot be finished
 void run_block(size_t dynamic_bytes) {
-  poison_shared(dynamic_bytes);
+  shim::poison_shared(dynamic_bytes);
   warps_ready = 0;
   std::fill(std::begin(ready), std::end(ready), 0u);
   std::fill(std::begin(meeting), std::end(meeting), 0u);
@@ -187,14 +137,17 @@ void run_block(size_t dynamic_bytes) {
     if (Fiber* fiber = next()) {
       running = fiber;
       threadIdx = fiber->index;
+      shim::executing = true;
       shim_switch(&scheduler, fiber->stack_pointer);
+      shim::executing = false;
       continue;
     }
     Fiber *const begin = fibers, *const end = begin + threads;
     const auto lost = std::find_if(begin, end, [](const Fiber& f) { return f.state == State::warp; });
     if (lost != end) {
       char text[200];
-      std::snprintf(text, sizeof text, "deadlock: thread %u waits at %s for lanes %#x, which never come", number(*lost), lost->name, lost->mask);
+      const char* format = "deadlock: thread %u waits at %s for lanes %#x, which never come";
+      std::snprintf(text, sizeof text, format, number(*lost), lost->name, lost->mask);
       error = text;
     }
     bool released = false;
@@ -205,10 +158,7 @@ void run_block(size_t dynamic_bytes) {
     }
     if (!released) break;
   }
-  running = nullptr;
-  for (unsigned i = 0; i < kGuard && error.empty(); ++i) {
-    if (dynamic_shared[dynamic_bytes + i] != 0xff) error = "a write past the end of dynamic shared memory";
-  }
+  if (error.empty() && !shim::guard_untouched(dynamic_bytes)) error = "a write past the end of dynamic shared memory";
 }
 
 const char* refusal(const cudaLaunchConfig_t& config, const void* kernel) {
@@ -219,8 +169,8 @@ const char* refusal(const cudaLaunchConfig_t& config, const void* kernel) {
   if (g.x == 0 || g.y == 0 || g.z == 0 || g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535) return "invalid grid";
   if (config.numAttrs != 0) return "launch attributes are not base form";
   const auto allowed = dynamic_allowed.find(kernel);
-  if (config.dynamicSmemBytes > kDynamicLimit) return "more than 227 KiB of shared memory";
-  if (config.dynamicSmemBytes > (allowed == dynamic_allowed.end() ? kStaticLimit : static_cast<unsigned>(allowed->second))) {
+  if (config.dynamicSmemBytes > shim::kDynamicLimit) return "more than 227 KiB of shared memory";
+  if (config.dynamicSmemBytes > (allowed == dynamic_allowed.end() ? shim::kStaticLimit : static_cast<unsigned>(allowed->second))) {
     return "dynamic shared memory beyond 48 KiB needs cudaFuncSetAttribute";
   }
   return nullptr;
@@ -235,8 +185,8 @@ void shim::fail(const char* format, ...) {
   std::vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
   char where[100];
-  std::snprintf(where, sizeof where, "block (%u, %u, %u), thread (%u, %u, %u): ", blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y,
-                threadIdx.z);
+  const uint3 b = blockIdx, t = threadIdx;
+  std::snprintf(where, sizeof where, "block (%u, %u, %u), thread (%u, %u, %u): ", b.x, b.y, b.z, t.x, t.y, t.z);
   error = std::string(where) + text;
   leave(State::done);
   __builtin_unreachable();
@@ -283,8 +233,8 @@ const void* exchange(const void* mine, unsigned bytes, const char* name) { retur
 
 void copy_later(void* to, const void* from, unsigned bytes, unsigned valid) {
   if (valid > bytes) shim::fail("cp.async of %u bytes with %u valid", bytes, valid);
-  check_access(reinterpret_cast<uintptr_t>(to), bytes, true);
-  check_access(reinterpret_cast<uintptr_t>(from), valid, false);
+  shim::check_access(to, bytes, true);
+  shim::check_access(from, valid, false);
   std::memset(to, 0xff, bytes);
   running->open.push_back({to, from, bytes, valid});
 }
@@ -316,17 +266,14 @@ cudaError_t shim::launch(const cudaLaunchConfig_t& config, const void* kernel, c
     error = reason;
     return cudaErrorInvalidConfiguration;
   }
-  if (stacks == nullptr) {
+  if (stacks.begin == 0) {
     void* memory = mmap(nullptr, kMaxThreads * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) {
-      error = "no memory for the fibers' stacks";
+    if (memory == MAP_FAILED || !find_shared()) {
+      error = "no memory for the fibers' stacks, or no shared memory";
       return cudaErrorLaunchFailure;
     }
-    stacks = static_cast<unsigned char*>(memory);
-  }
-  if (dl_iterate_phdr(find_segments, nullptr) != 1) {
-    error = "the library's shared memory was not found";
-    return cudaErrorLaunchFailure;
+    const auto begin = reinterpret_cast<uintptr_t>(memory);
+    stacks = {begin, begin + kMaxThreads * kStack, true};
   }
   const auto frame = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
   launcher_stack = {frame, frame + 4096, false};  // the arguments that threads read lie in the frames that called this
@@ -365,40 +312,4 @@ void shim_set_order(int kind, uint64_t seed) {
 
 // Later launches run only the blocks from this one on, at least the last: what a huge grid does at its far end
 void shim_set_first_block(uint64_t block) { first_block = block; }
-
-// From now on kernels may touch these bytes, and no global memory but what was allowed; null: forget all of it
-void shim_allow(void* start, uint64_t bytes, int writable) {
-  const auto begin = reinterpret_cast<uintptr_t>(start);
-  if (start == nullptr) {
-    buffers.clear();
-  } else {
-    buffers.push_back({begin, begin + bytes, writable != 0});
-  }
-}
-
-// What kernels call because of -fsanitize=kernel-address,alignment,bounds: the checks are here, no sanitizer library is linked
-#define SHIM_ACCESS(bytes)                                                                          \
-  void __asan_load##bytes##_noabort(uintptr_t address) { check_access(address, bytes, false); }     \
-  void __asan_store##bytes##_noabort(uintptr_t address) { check_access(address, bytes, true); }
-SHIM_ACCESS(1)
-SHIM_ACCESS(2)
-SHIM_ACCESS(4)
-SHIM_ACCESS(8)
-SHIM_ACCESS(16)
-void __asan_loadN_noabort(uintptr_t address, size_t bytes) { check_access(address, bytes, false); }
-void __asan_storeN_noabort(uintptr_t address, size_t bytes) { check_access(address, bytes, true); }
-void __asan_handle_no_return() {}
-
-struct Place {
-  const char* file;
-  uint32_t line, column;
-};
-
-void __ubsan_handle_type_mismatch_v1(Place* place, void* address) {
-  shim::fail("misaligned access to %p at %s:%u", address, place->file, place->line);
-}
-
-void __ubsan_handle_out_of_bounds(Place* place, void* index) {
-  shim::fail("index %lld outside its array at %s:%u", static_cast<long long>(reinterpret_cast<intptr_t>(index)), place->file, place->line);
-}
 }

@@ -15,7 +15,7 @@ import torch
 FOLDER = Path(__file__).parent
 BARRIER = ("probe.cu", "__syncthreads();  // mutant: missing barrier", "")
 WAIT = ("probe.cu", "ptx::cp_async_wait<1>();  // mutant: missing wait", "")
-SECOND_BARRIER = ("probe.cu", "sum[j] += stage[(tile - 1) % 2][other * 4 + j];\n    __syncthreads();", "sum[j] += stage[(tile - 1) % 2][other * 4 + j];")
+REUSE = ("probe.cu", "[other * 4 + j];\n    __syncthreads();", "[other * 4 + j];")
 
 
 def load(shim: ModuleType, replace: tuple[tuple[str, str, str], ...] = ()) -> ctypes.CDLL:
@@ -56,12 +56,12 @@ def test_barriers_and_asynchronous_copies(shim: ModuleType, probe: ctypes.CDLL) 
 
 @pytest.mark.parametrize(
     ("mutant", "case"),
-    [(BARRIER, reverse_block), (WAIT, pipeline), (SECOND_BARRIER, pipeline)],
+    [(BARRIER, reverse_block), (WAIT, pipeline), (REUSE, pipeline)],
     ids=["missing barrier", "missing wait", "missing barrier before reuse"],
 )
 def test_planted_mistake_turns_red(shim: ModuleType, mutant: tuple[str, str, str], case: Callable[[ctypes.CDLL], bool]) -> None:
     library = load(shim, (mutant,))
-    assert not all([case(library) for _ in shim.orders(library)])
+    assert not all(case(library) for _ in shim.orders(library))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -74,7 +74,7 @@ def test_tensor_core_product(shim: ModuleType, probe: ctypes.CDLL, dtype: torch.
 
 
 def test_matrix_loads(shim: ModuleType, probe: ctypes.CDLL) -> None:
-    """Lane l, register m: row l/4 of matrix m, columns 2 (l % 4) and the next (PTX ISA, ldmatrix); columns and rows change places with .trans."""
+    """Lane l, register m: row l/4 of matrix m, columns 2 (l % 4) and the next (PTX ISA, ldmatrix); of its transpose with .trans."""
     words = torch.arange(256, dtype=torch.int16).view(4, 8, 8)
     for order in shim.orders(probe):
         got = torch.full((4, 32, 4), -1, dtype=torch.int32)
@@ -106,7 +106,8 @@ def test_number_conversions(probe: ctypes.CDLL) -> None:
     bits = rng.integers(0, 2**32, 60_000, dtype=np.uint32)
     halves = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16)
     finite = halves[halves.isfinite()].float()
-    ties = torch.cat([(finite[:-1] + finite[1:]) / 2, torch.tensor([65504.0, 65519.99, 65520.0, 2.0**-25, 2.0**-24 * 1.5, -(2.0**-26)])])
+    edges = torch.tensor([65504.0, 65519.99, 65520.0, 2.0**-25, 2.0**-24 * 1.5, -(2.0**-26)])
+    ties = torch.cat([(finite[:-1] + finite[1:]) / 2, edges])
     values = torch.cat([torch.from_numpy(bits.view(np.float32)), finite, ties, torch.tensor([torch.inf, -torch.inf])])
     values = values[: len(values) // 2 * 2].contiguous()
     bf16, fp16 = torch.zeros(len(values), dtype=torch.bfloat16), torch.zeros(len(values), dtype=torch.float16)
