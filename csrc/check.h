@@ -56,7 +56,8 @@ inline void check_norm_parameters(const at::Tensor& x, OptionalTensor weight, Op
 }
 
 // What backward of a normalisation gets: dy and x alike, one mean and one rstd a row
-inline void check_norm_backward(const at::Tensor& dy, const at::Tensor& x, OptionalTensor weight, const at::Tensor& mean, const at::Tensor& rstd) {
+inline void check_norm_backward(const at::Tensor& dy, const at::Tensor& x, OptionalTensor weight, const at::Tensor& mean,
+                                const at::Tensor& rstd) {
   check_rows(x, "x");
   check_float(x, "x");
   check_shape(dy, x.sizes(), x, "dy");

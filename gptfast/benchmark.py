@@ -213,6 +213,8 @@ def ceilings(device: str = "cpu", dtypes: Iterable[torch.dtype] = (), repeats: i
 def force(op: str, name: str, *operands: Any, needs_grad: bool = False) -> Iterator[None]:
     """Runs `op` on backend `name` and on no other. Raises gptfast.Error with the reason where it cannot take these operands."""
     reason = supports(check_op(op), check_backend(name), operands, needs_grad)
+    if reason is None and name == "triton" and any(isinstance(o, Tensor) and o.device.type == "cpu" for o in operands):
+        reason = "Triton's interpreter runs there (TRITON_INTERPRET), which says nothing about speed"
     if reason is not None:
         raise Error(f"benchmark of {op} on {name} refused: {reason}")
     with use(**{op: name}):

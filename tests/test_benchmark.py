@@ -64,6 +64,8 @@ def test_a_fallback_is_refused() -> None:
     x = torch.ones(2, 8)
     with pytest.raises(Error, match=r"benchmark of layer_norm on cuda refused: "), bench.force("layer_norm", "cuda", x):
         pass
+    with pytest.raises(Error, match=r"benchmark of layer_norm on triton refused: "), bench.force("layer_norm", "triton", x):
+        pass  # not even where the tests interpret Triton
     with pytest.raises(Error, match="unknown op 'layer_nrom'"), bench.force("layer_nrom", "cpp"):
         pass
     with pytest.raises(Error, match="unknown backend 'cpu'"), bench.force("layer_norm", "cpu"):

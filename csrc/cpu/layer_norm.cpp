@@ -44,7 +44,8 @@ Three layer_norm_cpu(const at::Tensor& x, OptionalTensor weight, OptionalTensor 
   return {y, mean, rstd};
 }
 
-Three layer_norm_backward_cpu(const at::Tensor& dy, const at::Tensor& x, OptionalTensor weight, const at::Tensor& mean, const at::Tensor& rstd) {
+Three layer_norm_backward_cpu(const at::Tensor& dy, const at::Tensor& x, OptionalTensor weight, const at::Tensor& mean,
+                              const at::Tensor& rstd) {
   check_norm_backward(dy, x, weight, mean, rstd);
   const int64_t columns = x.size(1);
   const auto fp32 = x.options().dtype(at::kFloat);

@@ -159,6 +159,18 @@ def _whole_suite(config: pytest.Config) -> bool:
     return config.args_source is pytest.Config.ArgsSource.TESTPATHS and not chosen and not config.option.collectonly
 
 
+def _write_proof() -> None:
+    """What `gptfast backends --proof` shows: each (op, backend) of the rows, and where it was executed or only compiled."""
+    import torch
+
+    from gptfast import benchmark, proof
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    places = {"cpp": benchmark.machine()["cpu"], "triton-interpret": "interpreter", "triton-aot": "ahead of time", "cuda-emulated": "cpu shim"}
+    seen = {(op, name) for op, name, *_ in map(str.split, _rows)}
+    proof.write(proof.record(op, name.split("-")[0], places.get(name, device), name != "triton-aot") for op, name in sorted(seen))
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if session.config.getoption("--update-proof-rows"):
         from gptfast import proof
@@ -166,6 +178,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         path = ROOT / "tests/proof_rows.json"
         committed = json.loads(path.read_text())["rows"] if path.exists() else []
         path.write_text(json.dumps({"version": 1, "rows": sorted({*committed, *_rows})}, indent=1) + "\n")
+        _write_proof()
         proof.write(proof.from_tests((row.split()[0], row.split()[1]) for row in _rows))
     if exitstatus == 0 and _whole_suite(session.config) and _missing_rows():
         session.exitstatus = 1

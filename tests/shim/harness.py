@@ -102,8 +102,8 @@ def missing() -> str | None:
         source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
         source.write_text('extern "C" int probe(int n) { return n; }\n')
         try:
-            subprocess.run([*compiler(), *FLAGS, *CHECKS, "-c", source, "-o", Path(folder, "probe.o")], check=True, capture_output=True)
-            subprocess.run([*compiler(), *FLAGS, "-shared", source, "-o", library], check=True, capture_output=True)
+            for arguments in ([*CHECKS, "-c", "-o", f"{folder}/probe.o"], ["-shared", "-o", str(library)]):
+                subprocess.run([*compiler(), *FLAGS, str(source), *arguments], check=True, capture_output=True)
             return None if ctypes.CDLL(str(library)).probe(3) == 3 else f"{compiler()[0]} makes code that does not run"
         except (OSError, subprocess.CalledProcessError):
             return f"no C++ compiler that builds the shim ({compiler()[0]})"
@@ -148,7 +148,7 @@ def build(name: str, replace: Sequence[Replacement] = (), folder: Path = ROOT / 
         compile_flags = [*FLAGS, f"-I{tree / 'tests/shim'}", f"-I{tree / 'csrc'}", "-c"]
         for source, target in objects.items():
             if not target.exists():
-                _run([*compile_flags, str(tree / "tests/shim" / source)], tree / target.name, target)
+                _run([*compile_flags, "-O2", str(tree / "tests/shim" / source)], tree / target.name, target)
         kernels = str(tree / (folder / name).relative_to(ROOT))
         part = _run([*compile_flags, *CHECKS, "-x", "c++", kernels], tree / "part.o", tree / "kernels.o")
         _run(["-shared", str(part), *map(str, objects.values())], tree / library.name, library)
