@@ -34,6 +34,9 @@ Limits = Callable[[str, tuple[Any, ...], bool], str | None]
 _limits: dict[str, Limits] = {}
 
 
+_ENVIRONMENT = _environment.check()
+
+
 class _Request(threading.local):
     """What this thread asks for: one backend for every op that has it, and backends forced for single ops."""
 
@@ -41,7 +44,7 @@ class _Request(threading.local):
     forced: dict[str, str]
 
     def __init__(self) -> None:
-        self.asked, self.forced = _environment.check()
+        self.asked, self.forced = _ENVIRONMENT
 
 
 _request = _Request()

@@ -8,6 +8,7 @@ pair: the residual stream, and the last sublayer's output that is not yet added 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -246,7 +247,8 @@ class PreTrained(nn.Module):
             model = cls(config)
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         state = hub.load_state(folder, shapes, optional=cls.heads, foreign=cls.foreign, dtype=dtype, device=device)
-        for name in shapes.keys() - state.keys():  # a new head on another model's body
+        for name in shapes.keys() - state.keys():
+            warnings.warn(f"{folder} has no {name}: this head starts with random weights", stacklevel=2)
             like = state["transformer.wte.weight"]
             state[name] = torch.empty(shapes[name], dtype=like.dtype, device=like.device).normal_(std=config.initializer_range)
         model.load_state_dict(state, strict=False, assign=True)

@@ -22,6 +22,14 @@ from gptfast.ops import layer_norm
 HAS_CPP = backend.EXTENSIONS["_C"] is None
 
 
+@pytest.fixture(autouse=True)
+def by_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What GPTFAST_BACKEND asks of the test run is not what these tests are about."""
+    monkeypatch.setattr(backend, "_ENVIRONMENT", (None, {}))
+    monkeypatch.setattr(backend._request, "asked", None)
+    monkeypatch.setattr(backend._request, "forced", {})
+
+
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("GPTFAST_", "TRITON_"))}
     command = [sys.executable, "-c", code]

@@ -1,7 +1,6 @@
 """What is installed, what an import costs, and that the folder kernels/ never stands in for the package of that name."""
 
 import json
-import os
 import subprocess
 import sys
 import zipfile
@@ -12,9 +11,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def python(code: str, **environment: str) -> str:
-    """stdout of a fresh interpreter in the repository's root, where the folder kernels/ is nearest."""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+def python(code: str, folder: Path = ROOT) -> str:
+    """stdout of a fresh interpreter that imports what lies in `folder` first; the repository has a folder kernels/."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()
 
@@ -31,14 +30,15 @@ def test_import_initialises_no_cuda() -> None:
 
 
 def test_import_time() -> None:
-    code = "import time, torch; t = time.process_time(); import gptfast; gptfast.ops, gptfast.GPT2LMHeadModel; print(time.process_time() - t)"
+    imports = "import gptfast; gptfast.ops, gptfast.GPT2LMHeadModel"
+    code = f"import time, torch; start = time.process_time(); {imports}; print(time.process_time() - start)"
     assert min(float(python(code)) for _ in range(3)) <= 0.4
 
 
 def test_public_names() -> None:
     names = python("import gptfast; [getattr(gptfast, n) for n in gptfast.__all__]; print(*gptfast.__all__)").split()
-    expected = "GPT2Config GPT2LMHeadModel GPT2ForSequenceClassification GPT2Tokenizer AdamW TrainConfig Trainer SamplingParams Engine"
-    assert names == [*expected.split(), "backend", "ops", "explain", "Error", "LoadError", "__version__"]
+    classes = "GPT2Config GPT2LMHeadModel GPT2ForSequenceClassification GPT2Tokenizer AdamW TrainConfig Trainer SamplingParams"
+    assert names == [*classes.split(), "Engine", "backend", "ops", "explain", "Error", "LoadError", "__version__"]
 
 
 def test_kernels_folder_shadows_nothing() -> None:
@@ -80,9 +80,9 @@ def test_isolated_build_is_pure_python(wheel: Path, tmp_path: Path) -> None:
     assert not [n for n in names if n.endswith(".so") or n.startswith(("tests/", "bench/", "kernels/"))]
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = "import gptfast; from gptfast import backend; print(gptfast.__file__); print(backend.supports('layer_norm', 'cpp'))"
-    origin, reason = python(code, PYTHONPATH=str(tmp_path)).splitlines()
+    origin, reason = python(code, tmp_path).splitlines()
     assert origin.startswith(str(tmp_path)) and reason.startswith("not built")
-    advice = python("import sys; sys.argv = ['gptfast', 'doctor']; from gptfast.cli import main; main()", PYTHONPATH=str(tmp_path))
+    advice = python("import sys; sys.argv = ['gptfast', 'doctor']; from gptfast.cli import main; main()", tmp_path)
     assert "--no-build-isolation" in advice
 
 
@@ -91,7 +91,8 @@ def test_wheel_changes_no_installed_package(wheel: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert [item["metadata"]["name"] for item in json.loads(done.stdout)["install"]] == ["gptfast-torch"]
-    check = subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--dry-run", "--report", "-", wheel], capture_output=True, text=True)
+    command = [sys.executable, "-m", "pip", "install", "-q", "--dry-run", "--report", "-", wheel]
+    check = subprocess.run(command, capture_output=True, text=True)
     assert check.returncode == 0, check.stderr[-2000:]
     installed = [item["metadata"]["name"] for item in json.loads(check.stdout)["install"]]
     assert set(installed) <= {"gptfast-torch"}, f"installing the wheel would change {installed}"

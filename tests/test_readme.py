@@ -39,7 +39,8 @@ def run(block: Block, folder: Path) -> None:
     command = ["bash", "-euo", "pipefail", "-c", block.code] if block.language == "sh" else [sys.executable, "-P", "-c", block.code]
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "NO_COLOR": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"README.md:{block.line} exits {done.returncode}\n{block.code}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    printed = f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    assert done.returncode == 0, f"README.md:{block.line} exits {done.returncode}\n{block.code}\n{printed}"
 
 
 def test_every_block_runs(tmp_path: Path) -> None:

@@ -21,12 +21,9 @@ def confine(k: Tensor, v: Tensor, visible: Tensor | None) -> tuple[Tensor, Tenso
     if on_host(k) and bool(torch.isfinite(k.detach().sum(dtype=wide) + v.detach().sum(dtype=wide))):
         return k, v, None
     bad = ~(torch.isfinite(k) & torch.isfinite(v)).all(-1, keepdim=True)
-    if visible is None:
-        sees = bad.cumsum(-2) > 0
-    else:
-        sees = visible.to(torch.float32) @ bad.to(torch.float32) > 0
+    count = bad.cumsum(-2) if visible is None else visible.to(torch.float32) @ bad.to(torch.float32)
     zero = torch.zeros((), dtype=v.dtype, device=v.device)
-    return k.masked_fill(bad, 0), v.masked_fill(bad, 0), torch.where(sees, torch.nan, zero)
+    return k.masked_fill(bad, 0), v.masked_fill(bad, 0), torch.where(count > 0, torch.nan, zero)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None, causal: bool = False) -> Tensor:

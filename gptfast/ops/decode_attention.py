@@ -46,20 +46,17 @@ def eager(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, leng
     """The definition: gathers the pages and calls PyTorch's scaled_dot_product_attention. [B, Q, H, D] -> [B, Q, H, D]."""
     scale = 1 / math.sqrt(max(1, q.shape[-1])) if scale is None else scale
     new, table, keys = q.shape[1], block_table.long(), PAGE * block_table.shape[1]
-    uniform = False
-    if on_host(lengths):  # then only the pages in use are gathered, and rows of one length need no mask to end them
+    shortest = -1
+    if on_host(lengths):  # then only the pages in use are gathered, and single queries of one length need no mask
         shortest, keys = (int(n) for n in torch.aminmax(lengths))
-        uniform = shortest == keys >= new
         table = table[:, : (keys + PAGE - 1) // PAGE]
     k, v = (_gather(cache, table)[:, :, :keys].to(q.dtype) for cache in (k_cache, v_cache))
     qh = q.transpose(1, 2)
-    if uniform and new == 1:
+    if new == 1 and shortest == keys:
         return _attend.sdpa(qh, k, v, scale, None).transpose(1, 2)
     ends = (lengths.view(-1, 1) - new + 1 + torch.arange(new, device=q.device))[:, None, :, None]
     place = torch.arange(keys, device=q.device)
-    stale = (place >= lengths.view(-1, 1))[:, None, :, None]
-    k, v = k.masked_fill_(stale, 0), v.masked_fill_(stale, 0)
-    # a query without keys is given key 0, whatever it holds, so that its softmax is not empty; then its row is cleared
+    # a query without keys is given key 0, whatever it holds, so that no softmax is empty; then its row is cleared
     o = _attend.sdpa(qh, k, v, scale, place < ends.clamp(min=1))
     return o.masked_fill(ends < 1, 0).transpose(1, 2)
 

@@ -163,12 +163,14 @@ def _write_proof() -> None:
     """What `gptfast backends --proof` shows: each (op, backend) of the rows, and where it was executed or only compiled."""
     import torch
 
-    from gptfast import benchmark, proof
+    from gptfast import proof
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    places = {"cpp": benchmark.machine()["cpu"], "triton-interpret": "interpreter", "triton-aot": "ahead of time", "cuda-emulated": "cpu shim"}
+    places = {"cpp": proof.cpu_model(), "triton-interpret": "interpreter", "cuda-emulated": "cpu shim"}
     seen = {(op, name) for op, name, *_ in map(str.split, _rows)}
-    proof.write(proof.record(op, name.split("-")[0], places.get(name, device), name != "triton-aot") for op, name in sorted(seen))
+    compiled = {"triton-aot": "sm_80, sm_90, sm_100"}
+    where = places | compiled
+    proof.write([proof.record(op, name.split("-")[0], where.get(name, device), name not in compiled) for op, name in seen])
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -171,6 +171,13 @@ def test_causality():
     assert torch.equal(ops.attention(q, k, v)[:, :4], ops.attention(*later)[:, :4])
 
 
+def test_the_boundary_of_dropout_is_exact():
+    word = int(philox.words(int(SEED), 0, 0, 0, 1))
+    x = torch.ones(1, 1, 1, 1)
+    assert ops.attention(x, x, x, dropout_p=word / 2**32, seed=SEED) != 0
+    assert ops.attention(x, x, x, dropout_p=(word + 1) / 2**32, seed=SEED) == 0
+
+
 def test_share_of_dropped_weights():
     q, k, v = torch.zeros(1, 200, 2, 2), torch.zeros(1, 200, 2, 2), torch.ones(1, 200, 2, 2)
     o = ops.attention(q, k, v, dropout_p=0.25, seed=SEED)

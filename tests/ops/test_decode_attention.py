@@ -38,7 +38,7 @@ def case(new, lengths, heads=2, size=4, dtype=torch.float64, pages=3):
 
 @pytest.mark.parametrize(
     ("new", "lengths"),
-    [(1, [1]), (1, [64, 64]), (1, [65, 3, 130]), (1, [0, 5]), (3, [3, 3]), (3, [70, 64, 5]), (5, [2, 9]), (8, [131, 131])],
+    [(1, [1]), (1, [64, 64]), (1, [65, 3, 130]), (1, [0, 5]), (1, [0, 0]), (3, [3, 3]), (3, [70, 64, 5]), (5, [2, 9]), (8, [131])],
 )
 def test_formula(formula, new, lengths):
     q, *rest = case(new, lengths)

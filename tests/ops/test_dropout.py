@@ -43,6 +43,13 @@ def test_share_and_scale():
     assert not torch.equal(y, ops.dropout(x, 0.25, SEED + 1)) and torch.equal(y, ops.dropout(x, 0.25, SEED))
 
 
+def test_the_boundary_is_exact():
+    word = int(philox.words(int(SEED), 0, 0, 0, 1))
+    x = torch.ones(1, 1)
+    assert ops.dropout(x, word / 2**32, SEED) != 0 and ops.dropout(x, (word + 1) / 2**32, SEED) == 0
+    assert ops.dropout(x, (word + 2**-20) / 2**32, SEED) == 0
+
+
 def test_rows_do_not_depend_on_how_they_are_shaped():
     x = torch.randn(2, 3, 4)
     assert torch.equal(ops.dropout(x, 0.5, SEED).flatten(0, 1), ops.dropout(x.flatten(0, 1), 0.5, SEED))

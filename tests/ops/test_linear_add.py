@@ -31,7 +31,7 @@ def test_gradcheck_and_dtypes():
     x, weight, bias, residual = (t.detach().float() for t in inputs)
     with torch.autocast("cpu", torch.bfloat16):
         y = ops.linear_add(x, weight, bias, residual)
-    assert y.dtype == torch.float32
+    assert y.dtype == torch.float32 and ops.linear_add(x, weight, bias, residual.bfloat16()).dtype == torch.bfloat16
     assert torch.equal(y, residual + torch.nn.functional.linear(x.bfloat16(), weight.bfloat16(), bias.bfloat16()))
 
 

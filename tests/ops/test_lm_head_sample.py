@@ -41,8 +41,8 @@ def test_order_of_a_kernels_arguments(formula):
     tensors, parts = case()
 
     def leaf(
-        x, ln_weight, ln_bias, weight, eps, temperature, top_k, top_p, min_p, typical_p, repetition, frequency, presence, bias, mask,
-        prompt, counts, seed, position, choice, top_n,
+        x, ln_weight, ln_bias, weight, eps, temperature, top_k, top_p, min_p, typical_p, repetition, frequency, presence, bias,
+        mask, prompt, counts, seed, position, choice, top_n,
     ):
         assert (min_p, typical_p, repetition, frequency, presence, bias, mask, prompt, counts) == (None,) * 9
         logits = ops.linear(ops.layer_norm(x, ln_weight, ln_bias, eps), weight)
