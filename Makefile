@@ -29,7 +29,7 @@ help:  ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(DEMO_READY)  ## train a small GPT on the Python standard library's source and let it write (first run 5-8 min, then 3)
-	$(PY) -m gptfast.cli demo
+	$(PY) -m gptfast demo
 
 test: $(TEST_READY)  ## the whole test suite (10-15 min on 2 cores; -k and paths through ARGS="...")
 	$(PY) -m pytest $(ARGS)
@@ -41,7 +41,7 @@ lint: $(TEST_READY)  ## ruff, mypy (1 min)
 build: build/.extension  ## the C++ and CUDA extension, in place (1-2 min)
 
 aot: $(TEST_READY)  ## every Triton kernel and config compiled ahead of time for sm_80, sm_90, sm_100 (2 min)
-	$(PY) -m gptfast._aot --all
+	$(PY) -m gptfast._aot --full
 
 clean:  ## remove what was built; .venv and runs/ stay
 	rm -rf build gptfast/*.so gptfast/_build.json *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -33,7 +33,7 @@ def run(block: Block, folder: Path) -> None:
     tools = folder / "bin"
     if not tools.exists():
         tools.mkdir()
-        for name, target in (("gptfast", f"{sys.executable} -P -m gptfast.cli"), ("python", sys.executable)):
+        for name, target in (("gptfast", f"{sys.executable} -P -m gptfast"), ("python", sys.executable)):
             (tools / name).write_text(f'#!/bin/sh\nexec {target} "$@"\n')
             (tools / name).chmod(0o755)
     command = ["bash", "-euo", "pipefail", "-c", block.code] if block.language == "sh" else [sys.executable, "-P", "-c", block.code]

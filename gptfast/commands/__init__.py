@@ -23,7 +23,7 @@ from gptfast.config import option
 from gptfast.errors import Error
 from gptfast.options import Key, keys
 
-START, TRAIN, RUN, FILES, MACHINE = "Start here", "Train", "Run a model", "Files", "This machine"
+GROUPS = START, TRAIN, RUN, FILES, MACHINE = "Start here", "Train", "Run a model", "Files", "This machine"
 app = typer.Typer(
     name="gptfast", add_completion=True, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

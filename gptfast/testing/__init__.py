@@ -3,7 +3,7 @@
     tolerance.py   when a result counts as right: assert_close_to_reference, and the wrong results that it must reject
     samples.py     values and memory layouts of test inputs
     checks.py      Target (a backend and a dtype), check_op: a kernel against eager in float64
-    session.py     fixtures target, data_file; GPTFAST_REQUIRE; executed rows and seconds printed at the end
+    session.py     fixtures target, data_file, backend_choice; GPTFAST_REQUIRE; executed rows and seconds printed at the end
 
 Importing this imports no torch: a plugin is loaded before pytest knows what it will run.
 """
@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gptfast.testing.session import (
+    backend_choice_fixture,
     data_file_fixture,
     find_data,
     pytest_addoption,
@@ -44,7 +45,8 @@ _HOME = {
 }
 
 __all__ = [
-    "LAYOUTS", "SIZES", "Target", "arrange", "assert_close_to_reference", "assert_rejected", "check_op", "copy_of",
+    "LAYOUTS", "SIZES", "Target", "arrange", "assert_close_to_reference", "assert_rejected", "backend_choice_fixture", "check_op",
+    "copy_of",
     "data_file_fixture", "evaluate", "find_data", "forced_isa", "poisoned", "pytest_addoption", "pytest_configure",
     "pytest_generate_tests", "pytest_runtest_logreport", "pytest_sessionfinish", "pytest_terminal_summary", "random",
     "record", "required", "requires", "same_bits", "seed_fixture", "target_fixture", "unavailable", "wrong_results",

@@ -11,7 +11,7 @@ import os
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 PROOFS = ("cpp", "triton-interpret", "triton-aot", "cuda-build", "cuda-emulated", "cuda", "triton")
 WITHOUT_GPU = PROOFS[:5]
+# files whose tests run by the table and once more with GPTFAST_BACKEND=eager
+RUN_TWICE = (
+    "generation/", "training/", "tasks/", "test_model.py", "test_forward.py", "test_cache.py", "test_cli.py", "test_demo.py",
+)  # fmt: skip
 _KERNEL_FILES = {"cpp": "csrc/cpu/{}.cpp", "triton": "kernels/{}.py", "cuda": "csrc/cuda/{}.cu"}
 _rows: Counter[str] = Counter()
 _seconds: dict[str, float] = {}
@@ -107,11 +111,33 @@ def target_fixture(request: pytest.FixtureRequest) -> Target:
     return target
 
 
+@pytest.fixture(name="backend_choice")
+def backend_choice_fixture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For the files of RUN_TWICE: what the table chooses, or eager everywhere, in this process and in its children."""
+    if request.param == "table":
+        yield
+        return
+    from gptfast.backend import use
+
+    monkeypatch.setenv("GPTFAST_BACKEND", "eager")
+    with use("eager"):
+        yield
+
+
+def _runs_twice(path: Path) -> bool:
+    """Whether a file's tests run by the table and on eager; once is enough where the environment asks for a backend anyway."""
+    place = path.relative_to(ROOT / "tests").as_posix() if path.is_relative_to(ROOT / "tests") else ""
+    return "GPTFAST_BACKEND" not in os.environ and place.startswith(RUN_TWICE)
+
+
 def _op_of(path: Path) -> str:
     return path.stem.partition("_")[2]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if _runs_twice(metafunc.definition.path):
+        metafunc.fixturenames.insert(0, "backend_choice")
+        metafunc.parametrize("backend_choice", ["table", "eager"], indirect=True)
     if "target" not in metafunc.fixturenames:
         return
     from gptfast.testing.checks import DTYPES, Target
