@@ -136,7 +136,8 @@ def run(minutes: float = 2.0, out: str | Path = "runs/demo", seed: int = 0, quie
     if not quiet:
         _report(figures, out)
         _samples(out, seed)
-        print(f"\nTry next:\n  gptfast generate {out} \"class Queue:\"\n  gptfast demo --minutes 20\n  gptfast backends")
+        command = _command()
+        print(f"\nTry next:\n  {command} generate {out} \"class Queue:\"\n  {command} demo --minutes 20\n  {command} backends")
     return {**summary, **figures, "out": str(out)}
 
 
@@ -194,6 +195,15 @@ def _report(figures: dict[str, Any], out: Path) -> None:
     for name, key in sorted(rows, key=lambda row: figures[row[1]]):
         print(f"  {name:8s} {figures[key]:.3f}")
     print(f"\nthe model, its log and loss.png are in {out}")
+
+
+def _command() -> str:
+    """What to type for this installation's gptfast: its name if that is on PATH, else its place."""
+    beside = Path(sys.executable).with_name("gptfast")
+    found = shutil.which("gptfast")
+    if found is not None and (not beside.exists() or os.path.samefile(found, beside)):
+        return "gptfast"
+    return os.path.relpath(beside) if beside.exists() else f"{Path(sys.executable).name} -m gptfast"
 
 
 def _samples(folder: Path, seed: int) -> None:

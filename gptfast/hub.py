@@ -260,7 +260,11 @@ def save(
     names = [WEIGHTS] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     with Writer(Path(folder)) as writer:
         for name, shard in zip(names, shards, strict=True):
-            save_file(shard, writer.path(name), metadata={"format": "pt"})
+            path = writer.path(name)
+            path.touch()
+            mode = path.stat().st_mode
+            save_file(shard, path, metadata={"format": "pt"})
+            path.chmod(mode)  # safetensors makes files that only their owner may read
         if len(shards) > 1:
             total = sum(tensor.nbytes for tensor in tensors.values())
             places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
