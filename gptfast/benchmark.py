@@ -359,6 +359,7 @@ class Replay:
         self._clock: Iterator[float] = itertools.repeat(0.0)
 
     def __call__(self) -> float:
+        """The next reading, in seconds."""
         return next(self._clock)
 
     def show(self, fixture: Any, timing: Timing, **facts: Any) -> None:

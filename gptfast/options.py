@@ -48,6 +48,7 @@ class Key:
 
     @property
     def flag(self) -> str:
+        """The option on the command line."""
         return "--" + self.name.replace("_", "-")
 
 
@@ -245,6 +246,7 @@ class Layers(NamedTuple):
     recorded: dict[str, Any]
 
     def merged(self) -> dict[str, Any]:
+        """All values that were given, the layer that counts most on top."""
         return {**self.recorded, **self.config_file, **self.command_line}
 
     def build(self, cls: type[T], **fixed: Any) -> T:

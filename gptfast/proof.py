@@ -55,6 +55,7 @@ class Record:
 
     @property
     def key(self) -> tuple[str, str, str]:
+        """What a newer record of the same replaces this one by."""
         return self.op, self.backend, self.where
 
 

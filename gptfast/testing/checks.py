@@ -29,10 +29,12 @@ class Target:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The torch dtype of the precision."""
         return DTYPES[self.precision]
 
     @property
     def device(self) -> str:
+        """Where the tensors are: the interpreter works on the CPU."""
         return "cpu" if self.proof in ("cpp", "triton-interpret") else "cuda"
 
     def reason(self, op: str) -> str | None:

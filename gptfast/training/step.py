@@ -93,6 +93,7 @@ class Step:
         return torch.func.functional_call(self._loss, values, (batch,), tie_weights=False)  # type: ignore[no-any-return]
 
     def __call__(self, batches: Iterable[Batch], lr: float) -> StepResult:
+        """One update from at least one microbatch at the learning rate lr."""
         total = count = None
         for batch in batches:
             loss, targets = self.loss_sum(batch)
