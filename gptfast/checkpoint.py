@@ -149,7 +149,7 @@ def save(run: Path, step: int, fill: Callable[[Folder], None], keep: int = 2) ->
         if verify(final) is None:
             return final
         shutil.rmtree(final)
-    _remove_stale(parent)
+    remove_stale(parent, "step_*")
     temporary = parent / f"{final.name}.tmp-{os.getpid()}"
     temporary.mkdir()
     try:
@@ -167,9 +167,9 @@ def save(run: Path, step: int, fill: Callable[[Folder], None], keep: int = 2) ->
     return final
 
 
-def _remove_stale(parent: Path) -> None:
-    """Removes what saves of processes that no longer run left behind."""
-    for path in parent.glob("step_*.tmp-*"):
+def remove_stale(parent: Path, name: str) -> None:
+    """Removes folders <name>.tmp-<pid> in `parent` (name: a glob pattern) that processes which no longer run left behind."""
+    for path in parent.glob(f"{name}.tmp-*"):
         owner = path.name.rpartition("-")[2]
         if not owner.isdigit() or int(owner) == os.getpid() or not Path("/proc", owner).exists():
             shutil.rmtree(path, ignore_errors=True)

@@ -7,6 +7,7 @@ same; what it learned is measured as a compressor would be, in bits per byte ove
 
 from __future__ import annotations
 
+import glob
 import gzip
 import hashlib
 import lzma
@@ -16,6 +17,7 @@ import shutil
 import sys
 import sysconfig
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +25,7 @@ import torch
 
 import gptfast.backend as backend
 from gptfast import ops
+from gptfast.checkpoint import remove_stale
 from gptfast.config import GPT2Config, TrainConfig
 from gptfast.data import TokenData
 from gptfast.errors import Error, LoadError
@@ -109,7 +112,8 @@ def run(minutes: float = 2.0, out: str | Path = "runs/demo", seed: int = 0, quie
     if not 0.01 <= minutes <= 1e5:
         raise Error(f"minutes is {minutes}; allowed: 0.01 to 100000")
     out = Path(out)
-    say = (lambda *text: None) if quiet else print
+    remove_stale(out.parent, glob.escape(out.name))
+    say = _silent if quiet else partial(print, flush=True)  # flushed: the live line goes to stderr between these
     say(f"backends: {backend.summary('cpu')}")
     with Line(not quiet) as line:
         line.show("reading the standard library, training a tokenizer", now=True)
@@ -141,6 +145,10 @@ def run(minutes: float = 2.0, out: str | Path = "runs/demo", seed: int = 0, quie
     return {**summary, **figures, "out": str(out)}
 
 
+def _silent(*text: str) -> None:
+    """What stands for print where nothing is to be printed."""
+
+
 def _train(
     data: TokenData, tokenizer: GPT2Tokenizer, folder: Path, minutes: float, seed: int, dtype: str, quiet: bool
 ) -> tuple[GPT2LMHeadModel, dict[str, Any]]:
@@ -159,7 +167,7 @@ def _train(
     if not quiet:
         tokens = steps * BATCH * CONTEXT
         how = f"{dtype}, {torch.get_num_threads()} threads"
-        print(f"model: {parameters / 1e6:.1f} M parameters, {how}, {tokens / 1e6:.1f} M tokens to learn from")
+        print(f"model: {parameters / 1e6:.1f} M parameters, {how}, {tokens / 1e6:.1f} M tokens to learn from", flush=True)
     return model, Trainer(model, data, None, config, tokenizer, quiet).fit()
 
 
