@@ -7,6 +7,7 @@ one after each document, so that each token is predicted from something. The fol
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -197,6 +198,12 @@ class ShardWriter:
             self._finish()
         return {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes, "shards": self.shards}
 
+    def abandon(self) -> None:
+        """Closes what is open, whatever the disk says: left to the collector, an error there would be printed."""
+        with contextlib.suppress(OSError):
+            if self._file is not None:
+                self._file.close()
+
 
 def _encode(pieces: Iterable[Piece], tokenizer: GPT2Tokenizer, writers: dict[str, ShardWriter], report: Any) -> None:
     """Encodes in batches of bounded size and hands each piece's ids to its split's writer."""
@@ -279,9 +286,9 @@ def write(pieces: Iterable[Piece], out: Path, tokenizer: GPT2Tokenizer, report: 
     vocabulary = {"vocab_size": size, "vocabulary": tokenizer.fingerprint(), "eos_token_id": tokenizer.eos_token_id}
     facts = {"dtype": "uint16" if size <= 1 << 16 else "uint32", **vocabulary}
     temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    writers = {split: ShardWriter(temporary, split, facts) for split in SPLITS}
     try:
         temporary.mkdir(parents=True)
-        writers = {split: ShardWriter(temporary, split, facts) for split in SPLITS}
         _encode(pieces, tokenizer, writers, report)
         if not writers["train"].tokens and not writers["val"].tokens:
             raise Error("the corpus is empty: no text in any of the inputs")
@@ -300,6 +307,8 @@ def write(pieces: Iterable[Piece], out: Path, tokenizer: GPT2Tokenizer, report: 
             raise
         raise LoadError(f"output {out}: {error.strerror or error}") from error
     finally:
+        for writer in writers.values():
+            writer.abandon()
         shutil.rmtree(temporary, ignore_errors=True)
     return meta
 

@@ -16,7 +16,6 @@ import os
 import shutil
 import sys
 import sysconfig
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +23,6 @@ from typing import Any, NamedTuple
 import torch
 
 import gptfast.backend as backend
-from gptfast import ops
 from gptfast.checkpoint import remove_stale
 from gptfast.config import GPT2Config, TrainConfig
 from gptfast.data import TokenData
@@ -88,20 +86,6 @@ def encode(documents: list[bytes], tokenizer: GPT2Tokenizer) -> TokenData:
     return TokenData.from_ids(torch.tensor(ids, dtype=torch.int32), eos)
 
 
-def pick_dtype() -> str:
-    """bf16 where a product of the model's size is at least twice as fast in it as in fp32 (AMX, AMD's AVX-512), else fp32."""
-    seconds = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        x, weight = torch.ones(BATCH * CONTEXT, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-        times = []
-        for _ in range(8):
-            start = time.perf_counter()
-            ops.linear(x, weight)
-            times.append(time.perf_counter() - start)
-        seconds[name] = min(times)
-    return "bf16" if seconds["fp32"] > 2 * seconds["bf16"] else "fp32"
-
-
 def run(minutes: float = 2.0, out: str | Path = "runs/demo", seed: int = 0, quiet: bool = False) -> dict[str, Any]:
     """Trains, measures, writes; returns the figures. `out` becomes a Hugging Face folder with log.jsonl and loss.png, by rename
     when it is complete; an older one moves aside (out.1, out.2, ...).
@@ -121,11 +105,10 @@ def run(minutes: float = 2.0, out: str | Path = "runs/demo", seed: int = 0, quie
         tokenizer = GPT2Tokenizer.train((document.decode("utf-8") for document in text.train), VOCABULARY)
         train, held_out = encode(text.train, tokenizer), encode(text.held_out, tokenizer)
     size = sum(map(len, text.train)), sum(map(len, text.held_out))
-    dtype = pick_dtype()
     say(f"data: {size[0] / 1e6:.1f} MB of Python to learn from ({len(train):,} tokens), {size[1] / 1e6:.2f} MB held out")
     temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     try:
-        model, summary = _train(train, tokenizer, temporary, minutes, seed, dtype, quiet)
+        model, summary = _train(train, tokenizer, temporary, minutes, seed, quiet)
         figures = _measure(model, held_out, b"".join(text.held_out), quiet)
         _write_facts(temporary, {**summary, **figures})
         if not (picture := plot([temporary], temporary / "loss.png")).is_file:
@@ -150,7 +133,7 @@ def _silent(*text: str) -> None:
 
 
 def _train(
-    data: TokenData, tokenizer: GPT2Tokenizer, folder: Path, minutes: float, seed: int, dtype: str, quiet: bool
+    data: TokenData, tokenizer: GPT2Tokenizer, folder: Path, minutes: float, seed: int, quiet: bool
 ) -> tuple[GPT2LMHeadModel, dict[str, Any]]:
     eos = tokenizer.eos_token_id
     torch.manual_seed(seed)
@@ -160,13 +143,13 @@ def _train(
     ))  # fmt: skip
     steps = max(round(minutes * STEPS_A_MINUTE), 1)
     config = TrainConfig(
-        out=str(folder), steps=steps, batch=BATCH, lr=4e-3, min_lr=0.0, warmup=steps // 10, eps=1e-6, dtype=dtype, device="cpu",
+        out=str(folder), steps=steps, batch=BATCH, lr=4e-3, min_lr=0.0, warmup=steps // 10, eps=1e-6, device="cpu",
         seed=seed, log_every=20, eval_every=0, save_every=0,
     )  # fmt: skip
     parameters = sum(p.numel() for p in model.parameters())
     if not quiet:
         tokens = steps * BATCH * CONTEXT
-        how = f"{dtype}, {torch.get_num_threads()} threads"
+        how = f"fp32, {torch.get_num_threads()} threads"
         print(f"model: {parameters / 1e6:.1f} M parameters, {how}, {tokens / 1e6:.1f} M tokens to learn from", flush=True)
     return model, Trainer(model, data, None, config, tokenizer, quiet).fit()
 
