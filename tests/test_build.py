@@ -50,12 +50,12 @@ def test_a_kernel_unit_defines_nothing_outside_its_namespace(objects: Path, isa:
 
 def test_the_check_for_weak_symbols_sees_one(tmp_path: Path) -> None:
     """The planted mistake: a kernel unit that uses an inline function of the standard library."""
-    compiler = shutil.which("g++")
-    if compiler is None or shutil.which("nm") is None:
-        testing.unavailable("cpp", "no g++ or no nm")
+    compiler = testing.cxx()
+    if shutil.which("nm") is None:
+        testing.unavailable("cpp", "nm is not installed")
     source = tmp_path / "kernels_plain.cpp"
     source.write_text("#include <vector>\nfloat f(int n) { std::vector<float> v(n, 1.0f); v.resize(2 * n); return v[n]; }\n")
-    subprocess.run([compiler, "-std=c++20", "-c", source, "-o", tmp_path / "x.o"], check=True)
+    subprocess.run([*compiler, "-std=c++20", "-c", source, "-o", tmp_path / "x.o"], check=True)
     assert [name for kind, name in symbols(tmp_path / "x.o") if kind in "VWu"]
 
 

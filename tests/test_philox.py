@@ -4,8 +4,6 @@ import ctypes
 import importlib.util
 import math
 import os
-import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -100,9 +98,7 @@ def test_every_word_of_the_counter_counts(other):
 
 
 def compile_library(folder, flags):
-    compiler = shlex.split(os.environ.get("CXX", "g++"))
-    if shutil.which(compiler[0]) is None:
-        testing.unavailable("cpp", f"no C++ compiler ({compiler[0]})")
+    compiler = testing.cxx()
     source, library = folder / "noise.cpp", folder / "noise.so"
     source.write_text(C_SOURCE)
     strict = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]

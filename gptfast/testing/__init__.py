@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptfast.testing.session import (
     backend_choice_fixture,
+    cxx,
     data_file_fixture,
     find_data,
     pytest_addoption,
@@ -46,7 +47,7 @@ _HOME = {
 
 __all__ = [
     "LAYOUTS", "SIZES", "Target", "arrange", "assert_close_to_reference", "assert_rejected", "backend_choice_fixture", "check_op",
-    "copy_of",
+    "copy_of", "cxx",
     "data_file_fixture", "evaluate", "find_data", "forced_isa", "poisoned", "pytest_addoption", "pytest_configure",
     "pytest_generate_tests", "pytest_runtest_logreport", "pytest_sessionfinish", "pytest_terminal_summary", "random",
     "record", "required", "requires", "same_bits", "seed_fixture", "target_fixture", "unavailable", "wrong_results",

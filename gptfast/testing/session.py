@@ -5,10 +5,15 @@ GPTFAST_REQUIRE names proofs whose skip is a failure; with CI=true and no GPTFAS
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import importlib.metadata
 import json
 import os
+import shlex
+import subprocess
 import sys
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -74,6 +79,27 @@ def requires(proof: str, reason: str | None) -> None:
 def record(op: str, proof: str, precision: str, direction: str) -> None:
     """Counts one executed case of (op, proof, 'fp32' | 'bf16' | 'fp16', 'forward' | 'backward')."""
     _rows[f"{op} {proof} {precision} {direction}"] += 1
+
+
+def cxx() -> list[str]:
+    """The C++ compiler's command, CXX or g++; if it makes nothing that loads the test is skipped, or fails where cpp is required."""
+    reason = _compiler_reason()
+    if reason is not None:
+        unavailable("cpp", reason)
+    return shlex.split(os.environ.get("CXX", "g++"))
+
+
+@functools.cache
+def _compiler_reason() -> str | None:
+    command = shlex.split(os.environ.get("CXX", "g++"))
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
+        source.write_text('extern "C" int probe(int n) { return n; }\n')
+        try:
+            subprocess.run([*command, "-shared", "-fPIC", source, "-o", library], check=True, capture_output=True)
+            return None if ctypes.CDLL(str(library)).probe(3) == 3 else f"{command[0]} makes code that does not run"
+        except (OSError, subprocess.CalledProcessError):
+            return f"no working C++ compiler ({command[0]})"
 
 
 # --------------------------------------------------------------------------------------------------------------------- fixtures
