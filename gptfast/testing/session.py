@@ -82,7 +82,7 @@ def record(op: str, proof: str, precision: str, direction: str) -> None:
 
 
 def cxx() -> list[str]:
-    """The C++ compiler's command, CXX or g++; if it makes nothing that loads the test is skipped, or fails where cpp is required."""
+    """The C++ compiler command, CXX or g++; if it makes nothing that loads, a test is skipped, or fails where cpp is required."""
     reason = _compiler_reason()
     if reason is not None:
         unavailable("cpp", reason)
