@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import shutil
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def test_spills_and_errors_are_seen(broken: bool, tmp_path: Path, monkeypatch: p
     folder.mkdir()
     (folder / "spilling.py").write_text(SPILLING.replace("BROKEN)\n", f"{broken})\n"))
     (tmp_path / "sitecustomize.py").write_text(f"import gptfast.kernels\ngptfast.kernels.__path__ = [{str(folder)!r}]\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
     monkeypatch.setattr(_aot, "KERNELS", folder)
     monkeypatch.setattr(_aot, "ROOT", tmp_path)
     if broken:
