@@ -9,9 +9,53 @@
 #include "cpu/isa.h"
 
 TORCH_LIBRARY(gptfast, m) {
-  // weight and bias share a dtype: x's or fp32. mean and rstd are fp32 [N]. dweight and dbias have weight's dtype, fp32 without one.
+  // Rows [N, C] are contiguous and fp32, bf16 or fp16; statistics, losses and lse are fp32. Each gradient has its input's dtype unless
+  // said otherwise. weight and bias of a normalisation share a dtype: x's or fp32; without one dweight and dbias are fp32.
   m.def("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
   m.def("layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def("add_layer_norm(Tensor residual, Tensor x, Tensor? weight, Tensor? bias, float eps)"
+        " -> (Tensor total, Tensor y, Tensor mean, Tensor rstd)");
+  // d is the gradient of residual and of x
+  m.def("add_layer_norm_backward(Tensor? dtotal, Tensor dy, Tensor total, Tensor? weight, Tensor mean, Tensor rstd)"
+        " -> (Tensor d, Tensor dweight, Tensor dbias)");
+
+  // approximate: "tanh" or "none"; bias [C] of x's dtype or fp32. Without a bias dbias has no elements.
+  m.def("gelu(Tensor x, Tensor? bias, str approximate) -> Tensor");
+  m.def("gelu_backward(Tensor dy, Tensor x, Tensor? bias, str approximate) -> (Tensor dx, Tensor dbias)");
+  m.def("dropout(Tensor x, float p, Tensor seed) -> Tensor");
+  m.def("dropout_backward(Tensor dy, float p, Tensor seed) -> Tensor");
+  // ids and positions [B, T]; gradients of the tables [vocab, C] and [context, C] are fp32
+  m.def("embedding(Tensor ids, Tensor positions, Tensor wte, Tensor wpe) -> Tensor");
+  m.def("embedding_backward(Tensor dy, Tensor ids, Tensor positions, int vocab, int context) -> (Tensor dwte, Tensor dwpe)");
+  // weight [M, K] of any strides, in x's dtype; dweight has weight's strides where these are dense
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("linear_backward(Tensor dy, Tensor x, Tensor weight) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+
+  // q, k, v [B, T, H, D] with a last stride of 1; document_ids [B, T], -1 is padding; seed [1] where dropout_p > 0
+  m.def("attention(Tensor q, Tensor k, Tensor v, float scale, Tensor? document_ids, float dropout_p, Tensor? seed)"
+        " -> (Tensor o, Tensor lse)");
+  m.def("attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, float scale, Tensor? document_ids,"
+        " float dropout_p, Tensor? seed, bool deterministic) -> Tensor dqkv");
+  // caches [pages, H, 64, D] fp32 or bf16
+  m.def("cache_append_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor block_table, Tensor start) -> ()");
+  m.def("decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor lengths, float scale) -> Tensor");
+
+  m.def("cross_entropy(Tensor logits, Tensor targets, int ignore_index, int vocab) -> (Tensor loss, Tensor lse)");
+  m.def("cross_entropy_backward(Tensor dloss, Tensor logits, Tensor targets, Tensor lse, int ignore_index, int vocab) -> Tensor dlogits");
+  m.def("cross_entropy_(Tensor(a!) logits, Tensor targets, int ignore_index, int vocab, Tensor scale) -> Tensor loss");
+  // dx and dweight are fp32 or x's dtype; without need_grad they have no elements
+  m.def("linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, int ignore_index, int vocab, Tensor scale, int chunks,"
+        " bool need_grad) -> (Tensor loss, Tensor lse, Tensor dx, Tensor dweight)");
+
+  m.def("grad_norm(Tensor[] grads) -> (Tensor norm, Tensor finite)");
+  m.def("adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[]? copies, Tensor lr,"
+        " Tensor(e!) step, Tensor scale, Tensor finite, float[] weight_decay, float beta1, float beta2, float eps) -> ()");
+
+  // one number a row, or absent for off; mask and prompt are bit words [B, (V + 31) div 32], bias [B, V] fp32, counts [B, V] int32
+  m.def("sample(Tensor logits, Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor? typical_p, Tensor? repetition,"
+        " Tensor? frequency, Tensor? presence, Tensor? bias, Tensor? mask, Tensor? prompt, Tensor(a!)? counts, Tensor seed,"
+        " Tensor position, Tensor choice, int top_n)"
+        " -> (Tensor token, Tensor status, Tensor logprob, Tensor top_ids, Tensor top_logprobs)");
 }
 
 namespace {

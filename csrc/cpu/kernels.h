@@ -1,5 +1,6 @@
 // All *_kernel.h: what each kernels_<isa>.cpp compiles once for its instruction set.
 #pragma once
 
+#include "cpu/convert_kernel.h"
 #include "cpu/layer_norm_kernel.h"
 #include "cpu/partials_kernel.h"

@@ -2,7 +2,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/full.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -16,11 +15,6 @@ namespace gptfast::cpu {
 namespace {
 
 using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-
-// [C] in fp32, `absent` where there is none: kernels have one form for every dtype of the parameters, and for their absence
-at::Tensor parameter_or(OptionalTensor parameter, int64_t columns, double absent) {
-  return has(parameter) ? parameter->to(at::kFloat) : at::full({columns}, absent, at::kFloat);
-}
 
 Three layer_norm_cpu(const at::Tensor& x, OptionalTensor weight, OptionalTensor bias, double eps) {
   check_rows(x, "x");
@@ -74,7 +68,7 @@ Three layer_norm_backward_cpu(const at::Tensor& dy, const at::Tensor& x, Optiona
     GPTFAST_CALL(add_partials, partial + columns, blocks.count, 2 * columns, begin, end, bias_sums);
   });
   const auto type = gradient_type(weight);
-  return {dx, dweight.to(type), dbias.to(type)};
+  return {dx, as_type(dweight, type), as_type(dbias, type)};
 }
 
 }  // namespace

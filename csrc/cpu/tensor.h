@@ -1,10 +1,14 @@
 // What the CPU front ends share between torch's tensors and the kernels' raw pointers.
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 
+#include "check.h"
+#include "cpu/convert_kernel.h"
 #include "cpu/vec_types.h"
 
 namespace gptfast::cpu {
@@ -19,6 +23,27 @@ inline Type type_of(const at::Tensor& tensor) {
 
 // Rows a thread takes at least, so that it has some 32 K elements of work
 inline int64_t grain(int64_t columns) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns)); }
+
+// `tensor` (contiguous) in another dtype; itself where it has that dtype
+inline at::Tensor as_type(const at::Tensor& tensor, at::ScalarType type) {
+  if (tensor.scalar_type() == type) return tensor;
+  at::Tensor result = at::empty(tensor.sizes(), tensor.options().dtype(type));
+  const void* from = tensor.const_data_ptr();
+  void* to = result.mutable_data_ptr();
+  const Type from_type = type_of(tensor), to_type = type_of(result);
+  at::parallel_for(0, tensor.numel(), 1 << 16, [&](int64_t begin, int64_t end) {
+    GPTFAST_CALL(convert, from_type, from, to_type, to, begin, end);
+  });
+  return result;
+}
+
+// A parameter [C] in fp32, `absent` in every place where there is none: kernels have one form for every dtype, and for absence
+inline at::Tensor parameter_or(OptionalTensor parameter, int64_t columns, float absent) {
+  if (has(parameter)) return as_type(*parameter, at::kFloat);
+  at::Tensor result = at::empty({columns}, at::kFloat);
+  GPTFAST_CALL(fill, result.mutable_data_ptr<float>(), absent, columns);
+  return result;
+}
 
 // A partition of rows for sums over them: at most 64 blocks of equal length, which depends on the number of rows alone.
 // Partial sums of the blocks, added in order, give the same bits whatever the number of threads.
