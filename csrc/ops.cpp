@@ -7,6 +7,7 @@
 #include <torch/version.h>
 
 #include "cpu/isa.h"
+#include "cpu/matmul.h"
 
 TORCH_LIBRARY(gptfast, m) {
   // Rows [N, C] are contiguous and fp32, bf16 or fp16; statistics, losses and lse are fp32. Each gradient has its input's dtype unless
@@ -66,6 +67,7 @@ pybind11::dict build_info() {
   info["compiler"] = __VERSION__;
   info["isas"] = gptfast::cpu::usable_isas();
   info["isa"] = gptfast::cpu::isa_name(gptfast::cpu::isa());
+  info["fp32_products"] = gptfast::cpu::fp32_products();
 #ifdef _OPENMP
   info["openmp"] = true;
 #else
@@ -78,6 +80,6 @@ pybind11::dict build_info() {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "gptfast's C++ ops; importing it registers them as torch.ops.gptfast.*";
-  m.def("build_info", &build_info, "dict: torch (version built against), compiler, openmp, isas (that this CPU can run), isa (in use)");
+  m.def("build_info", &build_info, "dict: torch (version built against), compiler, openmp, isas (that this CPU can run), isa (in use), fp32_products (by what)");
   m.def("set_isa", &gptfast::cpu::set_isa, "Use the kernels of one instruction set from now on; ValueError if this CPU lacks it");
 }

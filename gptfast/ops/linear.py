@@ -27,6 +27,19 @@ def eager(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
+if backend.has_schema("linear"):
+
+    @torch.library.register_fake("gptfast::linear")  # type: ignore[untyped-decorator]
+    def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return x.new_empty(x.shape[0], weight.shape[0])
+
+    @torch.library.register_fake("gptfast::linear_backward")  # type: ignore[untyped-decorator]
+    def _(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        transposed = weight.stride(0) == 1 and weight.stride(1) != 1
+        dweight = x.new_empty(weight.t().shape).t() if transposed else x.new_empty(weight.shape)
+        return torch.empty_like(x), dweight, x.new_empty(weight.shape[0])
+
+
 class _Fast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from gptfast import Error, backend, ops
+from gptfast import Error, backend, ops, testing
 from gptfast.ops.linear import eager
+from gptfast.testing import LAYOUTS, Target, arrange, check_op, random
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -106,3 +107,138 @@ def test_compile(formula, compiled, same):
 def test_bad_input(shapes, message):
     with pytest.raises(Error, match=message):
         ops.linear(*(torch.randn(s) for s in shapes))
+
+
+# ------------------------------------------------------------------------------------------------------------------- by the tolerance
+
+
+def operands(target, rows, inputs, outputs, layout="contiguous", conv1d=False, biased=True):
+    """x, weight and bias of a case, all requiring grad; `conv1d`: the weight is the transpose of a contiguous one."""
+    weight = random(outputs, inputs, dtype=target.dtype)
+    weight = weight.t().contiguous().t() if conv1d else weight
+    x, bias = arrange(random(rows, inputs, dtype=target.dtype), layout), random(outputs, dtype=target.dtype)
+    return {"x": x.requires_grad_(), "weight": weight.requires_grad_(), "bias": bias.requires_grad_() if biased else None}
+
+
+def check(inputs, target, **more):
+    long = {"y": inputs["x"].shape[-1], "dx": inputs["weight"].shape[0], "dweight": len(inputs["x"]), "dbias": len(inputs["x"])}
+    return check_op("linear", ops.linear, eager, inputs, target, long_sums=[name for name, terms in long.items() if terms > 64], **more)
+
+
+@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize("shape", [(5, 7, 3), (1, 1, 1), (65, 33, 129), (300, 96, 40), (0, 7, 3), (2, 768, 2304)], ids=str)
+def test_shapes(target: Target, shape, conv1d):
+    check(operands(target, *shape, conv1d=conv1d), target)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_layouts(target: Target, layout):
+    check(operands(target, 6, 65, 17, layout), target, grad_layout=layout)
+
+
+def test_without_bias(target: Target):
+    check(operands(target, 9, 33, 17, biased=False), target)
+
+
+@pytest.mark.parametrize("rows", [31, 32, 33, 129, 2100])
+def test_the_gradient_of_the_bias_at_the_edges_of_its_blocks(target: Target, rows):
+    check(operands(target, rows, 3, 19), target)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_stays_alone(target: Target, value):
+    inputs = operands(target, 5, 17, 9)
+    with torch.no_grad():
+        inputs["x"][2, 3] = value
+        with target.force("linear"):
+            y = ops.linear(**inputs)
+    assert not y[2].isfinite().any() and y[[0, 1, 3, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_instruction_set(isa, precision):
+    """Only the sums over rows are kernels of ours; the products are PyTorch's on every instruction set."""
+    with testing.forced_isa(isa):
+        check(operands(Target("cpp", precision, "cpp"), 70, 33, 65), Target("cpp", precision, "cpp"))
+
+
+def test_the_gradient_of_the_bias_has_the_same_bits_on_any_number_of_threads():
+    testing.requires("cpp", backend.EXTENSIONS["_C"])
+    dy, threads, results = torch.randn(3000, 33), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(torch.ops.gptfast.linear_backward(dy, torch.ones(3000, 2), torch.ones(33, 2))[2])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(testing.same_bits(results[0], other) for other in results[1:])
+
+
+def test_the_gradient_of_a_weight_has_its_strides():
+    testing.requires("cpp", backend.EXTENSIONS["_C"])
+    for dtype in (torch.float32, torch.bfloat16):
+        dy, x = random(9, 4, dtype=dtype), random(9, 6, dtype=dtype)
+        for weight in (random(4, 6, dtype=dtype), random(6, 4, dtype=dtype).t()):
+            assert torch.ops.gptfast.linear_backward(dy, x, weight)[1].stride() == weight.stride()
+
+
+def test_opcheck():
+    testing.requires("cpp", backend.EXTENSIONS["_C"])
+    for dtype in (torch.float32, torch.bfloat16):
+        x, dy, bias = random(5, 7, dtype=dtype), random(5, 3, dtype=dtype), random(3, dtype=dtype)
+        for weight in (random(3, 7, dtype=dtype), random(7, 3, dtype=dtype).t()):
+            torch.library.opcheck(torch.ops.gptfast.linear.default, (x, weight, bias))
+            torch.library.opcheck(torch.ops.gptfast.linear.default, (x, weight, None))
+            torch.library.opcheck(torch.ops.gptfast.linear_backward.default, (dy, x, weight))
+
+
+def test_leaf_checks_its_contract():
+    testing.requires("cpp", backend.EXTENSIONS["_C"])
+    x, weight = torch.randn(4, 6), torch.randn(3, 6)
+    for arguments, message in (
+        ((torch.randn(4, 12)[:, ::2], weight, None), "not contiguous"),
+        ((x, weight.bfloat16(), None), "weight is"),
+        ((x, torch.randn(3, 5), None), "weight has shape"),
+        ((x, weight, torch.randn(4)), "bias has shape"),
+        ((x.double(), weight.double(), None), "allowed: fp32, bf16, fp16"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.gptfast.linear(*arguments)
+    with pytest.raises(RuntimeError, match="dy has shape"):
+        torch.ops.gptfast.linear_backward(torch.randn(4, 2), x, weight)
+
+
+def test_compiled_on_two_backends(compiled):
+    testing.requires("cpp", backend.EXTENSIONS["_C"])
+    function = compiled(lambda *a: ops.linear(*a))
+    inputs = [torch.randn(5, 7, requires_grad=True), torch.randn(3, 7, requires_grad=True), torch.randn(3, requires_grad=True)]
+    for name in ("cpp", "eager", "cpp"):
+        with backend(linear=name):
+            y = function(*inputs)
+            assert ("_Fast" in type(y.grad_fn).__name__ or "Compiled" in type(y.grad_fn).__name__)
+            found = torch.autograd.grad(y.sum(), inputs)
+        wanted = torch.autograd.grad(eager(*inputs).sum(), inputs)
+        torch.testing.assert_close(found, wanted)
+
+
+def right_and_wrong(dtype):
+    """(output name, eager's result, reference, wrong results by name) of one case."""
+    x, weight, bias, dy = (random(*shape).to(dtype) for shape in ((20, 24), (17, 24), (17,), (20, 17)))
+    wide = [t.double() for t in (x, weight, bias, dy)]
+    y, exact = eager(x, weight, bias), eager(*wide[:3])
+    yield "y", y, exact, {"bias ignored": eager(x, weight), "one term missing": eager(x[:, :-1], weight[:, :-1], bias)}
+    dx, exact = dy @ weight, wide[3] @ wide[1]
+    yield "dx", dx, exact, {"one term missing": dy[:, 1:] @ weight[1:]}
+    dweight, exact = dy.t() @ x, wide[3].t() @ wide[0]
+    yield "dweight", dweight, exact, {"one row missing": dy[:-1].t() @ x[:-1]}
+    yield "dbias", dy.sum(0).view(1, -1), wide[3].sum(0).view(1, -1), {"one row missing": dy[:-1].sum(0).view(1, -1)}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_wrong_results_are_rejected(precision):
+    for name, own, ref, wrong in right_and_wrong(testing.checks.DTYPES[precision]):
+        rule = {"gradient": name != "y", "name": name}
+        testing.assert_close_to_reference(own, own, ref, **rule)
+        for what, value in (testing.wrong_results(own) | wrong).items():
+            testing.assert_rejected(f"{name}: {what}", value, own, ref, **rule)
