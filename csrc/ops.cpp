@@ -8,6 +8,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/matmul.h"
+#include "cpu/memory.h"
 
 TORCH_LIBRARY(gptfast, m) {
   // Rows [N, C] are contiguous and fp32, bf16 or fp16; statistics, losses and lse are fp32. Each gradient has its input's dtype unless
@@ -82,4 +83,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "gptfast's C++ ops; importing it registers them as torch.ops.gptfast.*";
   m.def("build_info", &build_info, "dict: torch (version built against), compiler, openmp, isas (that this CPU can run), isa (in use), fp32_products (by what)");
   m.def("set_isa", &gptfast::cpu::set_isa, "Use the kernels of one instruction set from now on; ValueError if this CPU lacks it");
+  using gptfast::cpu::StepMemory;
+  pybind11::class_<StepMemory>(m, "StepMemory", "While entered, large tensors of this thread come from memory that is kept between steps")
+      .def(pybind11::init<>())
+      .def("__enter__", [](StepMemory& memory) -> StepMemory& { memory.enter(); return memory; })
+      .def("__exit__", [](StepMemory& memory, const pybind11::args&) { memory.leave(); })
+      .def_property_readonly("bytes_held", &StepMemory::bytes_held);
 }

@@ -66,7 +66,7 @@ def test_an_op_has_one_name(folder: str, pattern: str) -> None:
     """A file in these folders is named after an op, or is one of the folder's shared files."""
     shared = {
         "csrc/cpu": {
-            "vec", "vec_types", "vec_math", "philox_vec", "isa", "tensor", "matmul", "kernels", "convert", "partials", "kernels_plain", "kernels_avx2",
+            "vec", "vec_types", "vec_math", "philox_vec", "isa", "tensor", "matmul", "memory", "kernels", "convert", "partials", "kernels_plain", "kernels_avx2",
             "kernels_avx512",
         },  # fmt: skip
         "csrc/cuda": {"ptx", "vec", "reduce", "launch", "array", "launchers", "bindings"},
