@@ -7,8 +7,18 @@
 
 // to[i] = from[i] for first <= i < end, rounded to nearest even
 GPTFAST_PER_ISA(void convert(Type from_type, const void* from, Type to_type, void* to, int64_t first, int64_t end))
+// to[i] += from[i] for first <= i < end
+GPTFAST_PER_ISA(void accumulate(Type from_type, const void* from, float* to, int64_t first, int64_t end))
 // to[i] = value for i < count
-GPTFAST_PER_ISA(void fill(float* to, float value, int64_t count))
+GPTFAST_PER_ISA(void accumulate(Type from_type, const void* from, float* to, int64_t first, int64_t end) {
+  switch (from_type) {
+    case Type::fp32: return accumulate_range<float>(from, to, first, end);
+    case Type::bf16: return accumulate_range<bf16>(from, to, first, end);
+    case Type::fp16: return accumulate_range<fp16>(from, to, first, end);
+  }
+}
+
+void fill(float* to, float value, int64_t count))
 
 #ifdef GPTFAST_ISA
 
@@ -31,6 +41,15 @@ void convert_from(const void* from, Type to_type, void* to, int64_t first, int64
     case Type::bf16: return convert_range<From, bf16>(from, to, first, end);
     case Type::fp16: return convert_range<From, fp16>(from, to, first, end);
   }
+}
+
+template <typename From>
+void accumulate_range(const void* from, float* to, int64_t first, int64_t end) {
+  const From* source = static_cast<const From*>(from) + first;
+  float* target = to + first;
+  for_columns(end - first, [&](int64_t i, int lanes) {
+    store_lanes(target + i, load_lanes(target + i, lanes) + load_lanes(source + i, lanes), lanes);
+  });
 }
 
 }  // namespace

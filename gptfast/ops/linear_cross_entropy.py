@@ -36,6 +36,8 @@ from gptfast.ops._common import (
     total_scale,
 )
 
+_LOGIT_BYTES = 128 << 20
+
 _dtypes = limit_dtypes("linear_cross_entropy")
 
 
@@ -54,7 +56,7 @@ def eager(
     vocab: int | None = None,
     scale: Tensor | None = None,
     reduction: str = "mean",
-    chunks: int = 8,
+    chunks: int | None = None,
 ) -> Tensor:
     """The definition: PyTorch's linear and cross_entropy, differentiated by plain autograd, which keeps all the logits.
 
@@ -65,6 +67,27 @@ def eager(
     loss = F.cross_entropy(compute, targets.reshape(-1).long(), ignore_index=ignore_index, reduction=reduction)
     loss = loss if scale is None else loss * scale.reshape(()).to(loss.dtype)
     return loss.view(targets.shape) if reduction == "none" else loss
+
+
+if backend.has_schema("linear_cross_entropy"):
+
+    @torch.library.register_fake("gptfast::linear_cross_entropy")  # type: ignore[untyped-decorator]
+    def _(
+        x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, vocab: int, scale: Tensor, chunks: int, need_grad: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        loss = x.new_empty(x.shape[0], dtype=torch.float32)
+        if not need_grad:
+            return loss, torch.empty_like(loss), x.new_empty(0), x.new_empty(0)
+        dweight = torch.empty_like(weight, dtype=x.dtype if chunks == 1 else torch.float32)
+        return loss, torch.empty_like(loss), torch.empty_like(x), dweight
+
+
+def pieces(x: Tensor, weight: Tensor) -> int:
+    """Into how many pieces the rows of x [N, C] are cut where nobody says: 8 on a GPU, on a CPU pieces of at most 128 MiB of logits
+    (fewer rows make the product for dweight, which writes all of it for each piece, slower)."""
+    if x.device.type != "cpu":
+        return 8
+    return max(1, -(-x.shape[0] * weight.shape[0] * x.element_size() // _LOGIT_BYTES))
 
 
 class _Fast(torch.autograd.Function):
@@ -96,20 +119,20 @@ def linear_cross_entropy(
     vocab: int | None = None,
     scale: Tensor | None = None,
     reduction: str = "mean",
-    chunks: int = 8,
+    chunks: int | None = None,
 ) -> Tensor:
     """Cross entropy of the logits x weight^T; formula in the module's docstring.
 
     x [..., C], weight [Vp, C], targets [...]; vocab: how many rows of weight are real (default all); scale [1] or None multiplies
-    the loss; chunks >= 1: into how many pieces the rows are cut. Returns a scalar, or [...] for reduction "none", in fp32 (fp64 for
-    fp64). Raises gptfast.Error where a shape, the reduction or chunks does not fit and, for tensors on the CPU, where a target is
+    the loss; chunks >= 1: into how many pieces the rows are cut (None: see `pieces`). Returns a scalar, or [...] for reduction "none",
+    in fp32 (fp64 for fp64). Raises gptfast.Error where a shape, the reduction or chunks does not fit and, for tensors on the CPU, where a target is
     neither in the vocabulary nor ignore_index.
     """
     one_of("linear_cross_entropy", "reduction", reduction, REDUCTIONS)
     if weight.dim() != 2 or x.dim() == 0 or weight.shape[1] != x.shape[-1]:
         shapes = f"{tuple(weight.shape)}, x {tuple(x.shape)}"
         raise Error(f"linear_cross_entropy: weight has shape {shapes}; needed are [Vp, C] and [..., C]")
-    if chunks < 1:
+    if chunks is not None and chunks < 1:
         raise Error(f"linear_cross_entropy: chunks is {chunks}; allowed: 1 and more")
     size = check_targets("linear_cross_entropy", x.shape, targets, weight.shape[0], vocab, ignore_index)
     check_scale("linear_cross_entropy", scale)
@@ -118,10 +141,11 @@ def linear_cross_entropy(
     name = backend.choose("linear_cross_entropy", x, weight, reduction, needs_grad=needs_grad)
     if name == "eager":
         return eager(x, weight, targets, ignore_index, size, scale, reduction, chunks)
-    wanted = targets.reshape(-1).contiguous()
+    flat, weight, wanted = rows(x), weight.contiguous(), targets.reshape(-1).contiguous()
+    count = pieces(flat, weight) if chunks is None else chunks
     factor = total_scale(scale, x, wanted, ignore_index, reduction)
     if needs_grad:
-        return _Fast.apply(name, rows(x), weight.contiguous(), wanted, ignore_index, size, factor, chunks)  # type: ignore[no-any-return]
+        return _Fast.apply(name, flat, weight, wanted, ignore_index, size, factor, count)  # type: ignore[no-any-return]
     leaf = backend.impl("linear_cross_entropy", name).forward
-    loss = leaf(rows(x), weight.contiguous(), wanted, ignore_index, size, factor, chunks, False)[0] * factor
+    loss = leaf(flat, weight, wanted, ignore_index, size, factor, count, False)[0] * factor
     return loss.view(targets.shape) if reduction == "none" else loss.sum()  # type: ignore[no-any-return]

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from gptfast import Error, backend, ops
-from gptfast.ops.linear_cross_entropy import eager
+from gptfast import Error, backend, ops, testing
+from gptfast.ops.linear_cross_entropy import eager, pieces
+from gptfast.testing import LAYOUTS, Target, arrange, check_op, random
 
 pytestmark = pytest.mark.usefixtures("eager")
 TARGETS = torch.tensor([[3, -100, 0, 5], [-100, 8, 8, 1]])
@@ -145,3 +146,146 @@ def test_bad_input():
         ops.linear_cross_entropy(x, weight, targets, chunks=0)
     with pytest.raises(Error, match="linear_cross_entropy: scale is"):
         ops.linear_cross_entropy(x, weight, targets, scale=torch.ones(2))
+
+
+# ------------------------------------------------------------------------------------------------------------------- by the tolerance
+
+
+def operands(target, rows, columns, vocab, padded=None, layout="contiguous", ignored=1, **more):
+    """Arguments of a case, every third target from `ignored` on being ignored; x and weight require grad."""
+    x = arrange(random(rows, columns, dtype=target.dtype), layout)
+    weight = random(padded or vocab, columns, dtype=target.dtype)
+    targets = torch.randint(0, vocab, (rows,))
+    targets[ignored::3] = -100
+    given = {"x": x.requires_grad_(), "weight": weight.requires_grad_(), "targets": targets, "vocab": vocab, "reduction": "sum"}
+    return given | more
+
+
+def slices(vocab):
+    return {"dweight": lambda t: {"real": t[:vocab], "padding": t[vocab:]}}
+
+
+def check(inputs, target, **more):
+    long = {"y", "dx", "dweight"}
+    checked = check_op(
+        "linear_cross_entropy", ops.linear_cross_entropy, eager, inputs, target, long_sums=long, slices=slices(inputs["vocab"]), **more
+    )
+    if "dweight" in checked:
+        assert not checked["dweight"][inputs["vocab"] :].any()
+    return checked
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 7, 100, None])
+@pytest.mark.parametrize("shape", [(1, 1, 2), (5, 7, 9), (33, 65, 129), (9, 16, 1025)], ids=str)
+def test_shapes(target: Target, shape, chunks):
+    check(operands(target, *shape, chunks=chunks), target)
+
+
+@pytest.mark.parametrize("vocab", [1, 50, 63, 64])
+def test_padded_vocabulary(target: Target, vocab):
+    check(operands(target, 11, 24, vocab, padded=64, chunks=2), target)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_layouts(target: Target, layout):
+    check(operands(target, 6, 33, 40, layout=layout, chunks=2), target, grad_layout="contiguous")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+def test_scale_mean_and_integer_types(target: Target, reduction, kind):
+    inputs = operands(target, 9, 24, 40, scale=torch.tensor([0.37]), chunks=2) | {"reduction": reduction}
+    inputs["targets"] = inputs["targets"].to(kind)
+    check(inputs, target)
+
+
+def test_no_rows(target: Target):
+    check(operands(target, 0, 24, 40, padded=64), target)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_without_gradients(target: Target, reduction):
+    inputs = operands(target, 9, 24, 40, padded=64, chunks=2) | {"reduction": reduction}
+    inputs["x"], inputs["weight"] = inputs["x"].detach(), inputs["weight"].detach()
+    assert set(check(inputs, target)) == {"y"}
+
+
+def test_a_width_of_gpt2(target: Target):
+    check(operands(target, 5, 768, 2000, padded=2048), target)
+
+
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_instruction_set(isa, precision):
+    target = Target("cpp", precision, "cpp")
+    with testing.forced_isa(isa):
+        check(operands(target, 17, 33, 70, padded=96, chunks=3), target)
+
+
+def test_a_target_outside_the_vocabulary_gives_a_nan_loss():
+    testing.requires("cpp", backend.EXTENSIONS["_C"])
+    x, weight, targets = torch.randn(4, 5), torch.randn(9, 5), torch.tensor([1, 9, -1, -100])
+    loss, _, dx, dweight = torch.ops.gptfast.linear_cross_entropy(x, weight, targets, -100, 9, torch.ones(1), 1, True)
+    assert loss.isnan().tolist() == [False, True, True, False]
+    assert dx.isnan().any(1).tolist() == [False, True, True, False] and dweight.isnan().all()
+
+
+def test_padding_takes_no_part_whatever_x_holds():
+    testing.requires("cpp", backend.EXTENSIONS["_C"])
+    x = torch.randn(4, 5)
+    x[1] = torch.nan
+    for chunks in (1, 2):
+        arguments = (x, torch.randn(16, 5), torch.zeros(4, dtype=torch.int64), -100, 9, torch.ones(1), chunks, True)
+        dweight = torch.ops.gptfast.linear_cross_entropy(*arguments)[3]
+        assert dweight[:9].isnan().all() and not dweight[9:].any()
+
+
+def test_pieces_are_bounded_by_the_memory_of_their_logits():
+    weight = torch.empty(50304, 1, dtype=torch.bfloat16)
+    assert [pieces(torch.empty(n, 1, dtype=torch.bfloat16), weight) for n in (0, 1, 1024, 1334, 1335, 16384)] == [1, 1, 1, 1, 2, 13]
+    assert pieces(torch.empty(1024, 1), weight) == 2
+
+
+def test_opcheck():
+    testing.requires("cpp", backend.EXTENSIONS["_C"])
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight, targets = random(6, 7, dtype=dtype), random(16, 7, dtype=dtype), torch.randint(0, 11, (6,))
+        for chunks, need_grad in ((1, True), (2, True), (2, False)):
+            arguments = (x, weight, targets, -100, 11, torch.ones(1), chunks, need_grad)
+            torch.library.opcheck(torch.ops.gptfast.linear_cross_entropy.default, arguments)
+
+
+def test_leaf_checks_its_contract():
+    testing.requires("cpp", backend.EXTENSIONS["_C"])
+    x, weight, targets, one = torch.randn(4, 6), torch.randn(9, 6), torch.zeros(4, dtype=torch.int64), torch.ones(1)
+    for arguments, message in (
+        ((x, weight[:, :5], targets, -100, 9, one, 1, True), "weight has shape"),
+        ((x, weight.bfloat16(), targets, -100, 9, one, 1, True), "weight is"),
+        ((x, weight, targets[:3], -100, 9, one, 1, True), "targets has shape"),
+        ((x, weight, targets, -100, 10, one, 1, True), "vocab is 10"),
+        ((x, weight, targets, -100, 9, one.double(), 1, True), "scale is"),
+        ((x, weight, targets, -100, 9, one, 0, True), "chunks is 0"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.gptfast.linear_cross_entropy(*arguments)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_wrong_results_are_rejected(precision):
+    inputs = operands(Target("cpp", precision, "cpp"), 20, 24, 40)
+    own = testing.evaluate(eager, inputs, upstream={"y": torch.ones(())})
+    exact = {name: testing.checks.in_double(value) for name, value in inputs.items()}
+    ref = testing.evaluate(eager, exact, upstream={"y": torch.ones(()).double()})
+    wrong_inputs = {
+        "one row missing": inputs | {"targets": torch.where(torch.arange(20) == 19, -100, inputs["targets"])},
+        "ignored rows counted": inputs | {"targets": inputs["targets"].clamp(min=0)},
+        "one column too few": inputs | {"vocab": 39, "targets": inputs["targets"].clamp(max=38)},
+        "scale ignored": inputs | {"scale": torch.tensor([0.5])},
+    }
+    for name in ("dx", "dweight"):
+        for what, wrong in testing.wrong_results(own[name]).items():
+            testing.assert_rejected(f"{name}: {what}", wrong, own[name], ref[name], gradient=True, long_sum=True)
+    for what, changed in wrong_inputs.items():
+        found = testing.evaluate(eager, changed, upstream={"y": torch.ones(())})
+        for name, value in own.items():
+            testing.assert_rejected(f"{name}: {what}", found[name], value, ref[name], gradient=name != "y", long_sum=True)
