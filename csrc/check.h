@@ -69,6 +69,16 @@ inline void check_norm_backward(const at::Tensor& dy, const at::Tensor& x, Optio
   check_type(rstd, at::kFloat, "rstd");
 }
 
+// Rows of logits [N, Vp] and a target for each, int64 or int32; the first `vocab` columns are real
+inline void check_logits(const at::Tensor& logits, const at::Tensor& targets, int64_t vocab) {
+  check_rows(logits, "logits");
+  check_float(logits, "logits");
+  check_shape(targets, {logits.size(0)}, logits, "targets");
+  const auto type = targets.scalar_type();
+  TORCH_CHECK(type == at::kLong || type == at::kInt, "targets is ", type, ", allowed: int64, int32");
+  TORCH_CHECK(vocab >= 1 && vocab <= logits.size(1), "vocab is ", vocab, ", allowed: 1 to ", logits.size(1), ", the number of columns");
+}
+
 // The dtype of a parameter's gradient: the parameter's own, fp32 where there is none
 inline at::ScalarType gradient_type(OptionalTensor parameter) { return has(parameter) ? parameter->scalar_type() : at::kFloat; }
 

@@ -1,6 +1,9 @@
 // All *_kernel.h: what each kernels_<isa>.cpp compiles once for its instruction set.
 #pragma once
 
+#include "cpu/adamw__kernel.h"
 #include "cpu/convert_kernel.h"
+#include "cpu/cross_entropy_kernel.h"
+#include "cpu/grad_norm_kernel.h"
 #include "cpu/layer_norm_kernel.h"
 #include "cpu/partials_kernel.h"

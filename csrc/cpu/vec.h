@@ -44,6 +44,7 @@ GPTFAST_INLINE Vec load(const bf16* p) { return (Vec)(__builtin_convertvector(re
 GPTFAST_INLINE Vec set(float x) { return (Vec)_mm512_set1_ps(x); }
 GPTFAST_INLINE float sum(Vec v) { return _mm512_reduce_add_ps((__m512)v); }
 GPTFAST_INLINE float max(Vec v) { return _mm512_reduce_max_ps((__m512)v); }
+GPTFAST_INLINE Vec sqrt(Vec v) { return (Vec)_mm512_sqrt_ps((__m512)v); }
 GPTFAST_INLINE Vec load(const fp16* p) { return (Vec)_mm512_cvtph_ps(read<__m256i>(p)); }
 // rounds to nearest even; results below 2^-126 become 0
 GPTFAST_INLINE Half to_bf16(Vec v) { return (Half)_mm512_cvtneps_pbh((__m512)v); }
@@ -77,11 +78,16 @@ GPTFAST_INLINE Vec set(float x) { return (Vec)_mm256_set1_ps(x); }
 GPTFAST_INLINE Vec load(const fp16* p) { return (Vec)_mm256_cvtph_ps(read<__m128i>(p)); }
 GPTFAST_INLINE Half to_fp16(Vec v) { return (Half)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
 GPTFAST_INLINE float sum(Vec v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+GPTFAST_INLINE Vec sqrt(Vec v) { return (Vec)_mm256_sqrt_ps((__m256)v); }
 
 #else
 
 GPTFAST_INLINE Vec set(float x) { return Vec{x, x, x, x}; }
 GPTFAST_INLINE float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+GPTFAST_INLINE Vec sqrt(Vec v) {
+  for (int i = 0; i < kWidth; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+}
 
 // fp16 has 5 exponent bits biased by 15: shift the 15 bits to fp32's place and multiply by 2^(127-15); exact, subnormals included
 GPTFAST_INLINE Vec load(const fp16* p) {
@@ -136,11 +142,31 @@ GPTFAST_INLINE void store(T* p, Vec v, int n) {
 }
 #endif
 
+// Stores past the caches, for memory that nobody reads soon: a line is not read before it is written. p is aligned to its own size.
+// finish_streams() comes before other threads may look.
+#if defined(__AVX512F__)
+GPTFAST_INLINE void stream(float* p, Vec v) { _mm512_stream_ps(p, (__m512)v); }
+GPTFAST_INLINE void stream_half(void* p, Half half) { _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)half); }
+GPTFAST_INLINE void finish_streams() { _mm_sfence(); }
+#elif defined(__AVX2__)
+GPTFAST_INLINE void stream(float* p, Vec v) { _mm256_stream_ps(p, (__m256)v); }
+GPTFAST_INLINE void stream_half(void* p, Half half) { _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)half); }
+GPTFAST_INLINE void finish_streams() { _mm_sfence(); }
+#else
+GPTFAST_INLINE void stream(float* p, Vec v) { store(p, v); }
+GPTFAST_INLINE void stream_half(void* p, Half half) { __builtin_memcpy(p, &half, sizeof(half)); }
+GPTFAST_INLINE void finish_streams() {}
+#endif
+GPTFAST_INLINE void stream(bf16* p, Vec v) { stream_half(p, to_bf16(v)); }
+GPTFAST_INLINE void stream(fp16* p, Vec v) { stream_half(p, to_fp16(v)); }
+
 // All lanes or the first n: with n == kWidth known at compile time this is the plain form
 template <typename T>
 GPTFAST_INLINE Vec load_lanes(const T* p, int n) { return n == kWidth ? load(p) : load(p, n); }
 template <typename T>
 GPTFAST_INLINE void store_lanes(T* p, Vec v, int n) { n == kWidth ? store(p, v) : store(p, v, n); }
+template <typename T>
+GPTFAST_INLINE void stream_lanes(T* p, Vec v, int n) { n == kWidth ? stream(p, v) : store(p, v, n); }
 
 // f(column, lanes) over 0..columns in whole registers, then the tail
 template <typename F>
@@ -148,6 +174,15 @@ GPTFAST_INLINE void for_columns(int64_t columns, F f) {
   int64_t i = 0;
   for (; i + kWidth <= columns; i += kWidth) f(i, kWidth);
   if (i < columns) f(i, static_cast<int>(columns - i));
+}
+
+// The same with registers that begin where target + column is aligned to them, as stream() needs it
+template <typename T, typename F>
+GPTFAST_INLINE void for_aligned_columns(const T* target, int64_t columns, F f) {
+  const int64_t past = (reinterpret_cast<uintptr_t>(target) / sizeof(T)) % kWidth;
+  const int64_t lead = past == 0 ? 0 : (kWidth - past < columns ? kWidth - past : columns);
+  if (lead > 0) f(0, static_cast<int>(lead));
+  for_columns(columns - lead, [&](int64_t i, int lanes) { f(lead + i, lanes); });
 }
 
 // Sum of f(column, lanes) over 0..columns: four independent chains; in the tail only the first lanes of f count
