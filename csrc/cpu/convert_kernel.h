@@ -10,15 +10,7 @@ GPTFAST_PER_ISA(void convert(Type from_type, const void* from, Type to_type, voi
 // to[i] += from[i] for first <= i < end
 GPTFAST_PER_ISA(void accumulate(Type from_type, const void* from, float* to, int64_t first, int64_t end))
 // to[i] = value for i < count
-GPTFAST_PER_ISA(void accumulate(Type from_type, const void* from, float* to, int64_t first, int64_t end) {
-  switch (from_type) {
-    case Type::fp32: return accumulate_range<float>(from, to, first, end);
-    case Type::bf16: return accumulate_range<bf16>(from, to, first, end);
-    case Type::fp16: return accumulate_range<fp16>(from, to, first, end);
-  }
-}
-
-void fill(float* to, float value, int64_t count))
+GPTFAST_PER_ISA(void fill(float* to, float value, int64_t count))
 
 #ifdef GPTFAST_ISA
 
@@ -59,6 +51,14 @@ void convert(Type from_type, const void* from, Type to_type, void* to, int64_t f
     case Type::fp32: return convert_from<float>(from, to_type, to, first, end);
     case Type::bf16: return convert_from<bf16>(from, to_type, to, first, end);
     case Type::fp16: return convert_from<fp16>(from, to_type, to, first, end);
+  }
+}
+
+void accumulate(Type from_type, const void* from, float* to, int64_t first, int64_t end) {
+  switch (from_type) {
+    case Type::fp32: return accumulate_range<float>(from, to, first, end);
+    case Type::bf16: return accumulate_range<bf16>(from, to, first, end);
+    case Type::fp16: return accumulate_range<fp16>(from, to, first, end);
   }
 }
 
