@@ -174,6 +174,16 @@ def impl(op: str, name: str) -> Any:
     return _impls[key]
 
 
+def step_memory(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """What a training step enters so that its large tensors come from memory that is kept for the next step: on a CPU with the C++
+    extension. CUDA's allocator keeps memory anyway."""
+    if device.type != "cpu" or EXTENSIONS["_C"] is not None:
+        return contextlib.nullcontext()
+    extension: Any = importlib.import_module("gptfast._C")
+    memory: contextlib.AbstractContextManager[Any] = extension.StepMemory()
+    return memory
+
+
 # ------------------------------------------------------------------------------------------------------------------- the choice
 
 

@@ -104,8 +104,8 @@ def test_dtype_and_shape_count() -> None:
 
 
 def test_single_accumulator_fails_and_blocks_pass() -> None:
-    """A fp32 dot product over 3,072 terms: one running sum is too coarse, sums of blocks of 128 are not. The eager result is a product
-    in blocks of 256, since what `a @ b` does differs from CPU to CPU (MKL keeps one running sum for products this small on some)."""
+    """A fp32 dot product over 3,072 terms: one running sum is too coarse, sums of blocks of 128 are not. The eager result is a
+    product in blocks of 256, since what `a @ b` does differs from CPU to CPU (MKL keeps one running sum on some)."""
     a, b = torch.rand(8, 3072), torch.rand(3072, 8)
 
     def product(block: int) -> torch.Tensor:

@@ -124,9 +124,9 @@ def linear_cross_entropy(
     """Cross entropy of the logits x weight^T; formula in the module's docstring.
 
     x [..., C], weight [Vp, C], targets [...]; vocab: how many rows of weight are real (default all); scale [1] or None multiplies
-    the loss; chunks >= 1: into how many pieces the rows are cut (None: see `pieces`). Returns a scalar, or [...] for reduction "none",
-    in fp32 (fp64 for fp64). Raises gptfast.Error where a shape, the reduction or chunks does not fit and, for tensors on the CPU, where a target is
-    neither in the vocabulary nor ignore_index.
+    the loss; chunks >= 1: into how many pieces the rows are cut (None: see `pieces`). Returns a scalar, or [...] for reduction
+    "none", in fp32 (fp64 for fp64). Raises gptfast.Error where a shape, the reduction or chunks does not fit and, for tensors on
+    the CPU, where a target is neither in the vocabulary nor ignore_index.
     """
     one_of("linear_cross_entropy", "reduction", reduction, REDUCTIONS)
     if weight.dim() != 2 or x.dim() == 0 or weight.shape[1] != x.shape[-1]:

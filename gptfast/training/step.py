@@ -3,18 +3,22 @@ device; speed comes from the ops below it.
 
 Parameters, gradients and optimizer state are fp32. In bf16 the model computes with a working copy that the optimizer writes beside
 the parameters; the copy enters the graph through one autograd.Function whose backward hands fp32 gradients to the parameters. Each
-use of a tied matrix enters on its own, so that the gradients of head and embedding are added in fp32 too.
+use of a tied matrix enters on its own, so that the gradients of head and embedding are added in fp32 too. On a CPU the large
+tensors of a step come from memory that is kept for the next one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+import gptfast.backend as backend
 from gptfast import ops
 from gptfast.training.loader import Batch
 from gptfast.training.optimizer import AdamW
@@ -43,16 +47,12 @@ class _Enter(torch.autograd.Function):
         return None, *(None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
 
 
-class _LossSum(nn.Module):
-    """model.loss_sum as a module's forward, the form that torch.func.functional_call takes."""
+class _Site(NamedTuple):
+    """One use of a parameter: the module it hangs on, its name there, its place among the step's parameters."""
 
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        loss, count = self.model.loss_sum(batch.ids, batch.targets, batch.document_ids, batch.positions)
-        return loss, count
+    module: nn.Module
+    name: str
+    place: int
 
 
 class Step:
@@ -68,12 +68,30 @@ class Step:
         self.params: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
         device = self.params[0].device
         self._lr = torch.zeros(1, device=device)
-        self._loss = _LossSum(model)
+        self._memory = backend.step_memory(device)
         self.copies = None if dtype == torch.float32 else [p.detach().to(dtype) for p in self.params]
+        self._dtype = dtype
+        self._groups, self._frozen = self._sites()
+
+    def _sites(self) -> tuple[list[list[_Site]], list[tuple[nn.Module, str]]]:
+        """The uses of trained parameters, those of one block together, and the uses of frozen ones. Embedding tables are left out:
+        a few rows of them are read, so the fp32 parameter serves, and its gradient is that of no product."""
         place = {id(p): index for index, p in enumerate(self.params)}
-        self._frozen = {n: p for n, p in self._loss.named_parameters() if id(p) not in place}
-        uses = [(n, place[id(p)]) for n, p in self._loss.named_parameters(remove_duplicate=False) if id(p) in place]
-        self._names, self._places = [n for n, _ in uses], [index for _, index in uses]
+        groups: dict[str, list[_Site]] = {}
+        frozen = []
+        for prefix, module in self.model.named_modules():
+            if isinstance(module, nn.Embedding):
+                continue
+            number = re.search(r"\.\d+", prefix)
+            for name, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                if id(parameter) in place:
+                    group = groups.setdefault(prefix[: number.end()] if number else prefix, [])
+                    group.append(_Site(module, name, place[id(parameter)]))
+                else:
+                    frozen.append((module, name))
+        return list(groups.values()), frozen
 
     def refresh(self) -> None:
         """Rewrites the working copies from the parameters, after something other than a step changed these."""
@@ -83,17 +101,38 @@ class Step:
 
     def loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(sum of the losses, number of targets) of one microbatch, in the working dtype."""
+        with self._copies_in_place():
+            loss, count = self.model.loss_sum(*batch)  # type: ignore[operator]
+        return loss, count
+
+    @contextlib.contextmanager
+    def _copies_in_place(self) -> Iterator[None]:
+        """The model with the working copies where its parameters are, entered for autograd a block at a time: a block's gradients
+        are fp32 before those of the next one exist."""
         if self.copies is None:
-            return self._loss(batch)  # type: ignore[no-any-return]
-        copies = [self.copies[index] for index in self._places]
-        entered = _Enter.apply(copies, *(self.params[index] for index in self._places))  # type: ignore[no-untyped-call]
-        values = dict(zip(self._names, entered, strict=True))
-        dtype = self.copies[0].dtype
-        values.update((name, p.detach().to(dtype)) for name, p in self._frozen.items())
-        return torch.func.functional_call(self._loss, values, (batch,), tie_weights=False)  # type: ignore[no-any-return]
+            yield
+            return
+        before = [(site.module, site.name, site.module._parameters[site.name]) for group in self._groups for site in group]
+        before += [(module, name, module._parameters[name]) for module, name in self._frozen]
+        try:
+            for group in self._groups:
+                copies = [self.copies[site.place] for site in group]
+                entered = _Enter.apply(copies, *(self.params[site.place] for site in group))  # type: ignore[no-untyped-call]
+                for site, tensor in zip(group, entered, strict=True):
+                    site.module._parameters[site.name] = tensor
+            for module, name in self._frozen:
+                module._parameters[name] = module._parameters[name].detach().to(self._dtype)  # type: ignore[union-attr, assignment]
+            yield
+        finally:
+            for module, name, parameter in before:
+                module._parameters[name] = parameter
 
     def __call__(self, batches: Iterable[Batch], lr: float) -> StepResult:
         """One update from at least one microbatch at the learning rate lr."""
+        with self._memory:
+            return self._update(batches, lr)
+
+    def _update(self, batches: Iterable[Batch], lr: float) -> StepResult:
         total = count = None
         for batch in batches:
             loss, targets = self.loss_sum(batch)

@@ -109,7 +109,7 @@ def test_bad_input(shapes, message):
         ops.linear(*(torch.randn(s) for s in shapes))
 
 
-# ------------------------------------------------------------------------------------------------------------------- by the tolerance
+# ----------------------------------------------------------------------------------------------------------------- by the tolerance
 
 
 def operands(target, rows, inputs, outputs, layout="contiguous", conv1d=False, biased=True):
@@ -121,8 +121,9 @@ def operands(target, rows, inputs, outputs, layout="contiguous", conv1d=False, b
 
 
 def check(inputs, target, **more):
-    long = {"y": inputs["x"].shape[-1], "dx": inputs["weight"].shape[0], "dweight": len(inputs["x"]), "dbias": len(inputs["x"])}
-    return check_op("linear", ops.linear, eager, inputs, target, long_sums=[name for name, terms in long.items() if terms > 64], **more)
+    terms = {"y": inputs["x"].shape[-1], "dx": inputs["weight"].shape[0], "dweight": len(inputs["x"]), "dbias": len(inputs["x"])}
+    long = [name for name, count in terms.items() if count > 64]
+    return check_op("linear", ops.linear, eager, inputs, target, long_sums=long, **more)
 
 
 @pytest.mark.parametrize("conv1d", [False, True])

@@ -148,7 +148,7 @@ def test_bad_input():
         ops.linear_cross_entropy(x, weight, targets, scale=torch.ones(2))
 
 
-# ------------------------------------------------------------------------------------------------------------------- by the tolerance
+# ----------------------------------------------------------------------------------------------------------------- by the tolerance
 
 
 def operands(target, rows, columns, vocab, padded=None, layout="contiguous", ignored=1, **more):
@@ -166,10 +166,8 @@ def slices(vocab):
 
 
 def check(inputs, target, **more):
-    long = {"y", "dx", "dweight"}
-    checked = check_op(
-        "linear_cross_entropy", ops.linear_cross_entropy, eager, inputs, target, long_sums=long, slices=slices(inputs["vocab"]), **more
-    )
+    more |= {"long_sums": {"y", "dx", "dweight"}, "slices": slices(inputs["vocab"])}
+    checked = check_op("linear_cross_entropy", ops.linear_cross_entropy, eager, inputs, target, **more)
     if "dweight" in checked:
         assert not checked["dweight"][inputs["vocab"] :].any()
     return checked
