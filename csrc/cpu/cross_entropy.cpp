@@ -39,7 +39,9 @@ at::Tensor cross_entropy_backward_cpu(const at::Tensor& dloss, const at::Tensor&
   args.factor = dloss.const_data_ptr<float>();
   args.factor_stride = 1;
   args.lse = const_cast<float*>(lse.const_data_ptr<float>());
-  at::parallel_for(0, rows, grain(args.columns), [&](int64_t begin, int64_t end) { GPTFAST_CALL(cross_entropy_backward, args, begin, end); });
+  for_rows_with_scratch(args, rows, [&](int64_t begin, int64_t end, float* scratch) {
+    GPTFAST_CALL(cross_entropy_backward, args, begin, end, scratch);
+  });
   return dlogits;
 }
 

@@ -1,11 +1,9 @@
 // cross_entropy_ on the CPU: checks, memory, threads. The arithmetic is in cross_entropy_kernel.h.
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "check.h"
 #include "cpu/cross_entropy.h"
-#include "cpu/tensor.h"
 
 namespace gptfast::cpu {
 namespace {
@@ -15,16 +13,13 @@ at::Tensor cross_entropy_in_place_cpu(const at::Tensor& logits, const at::Tensor
   CrossEntropy args = cross_entropy_arguments(logits, targets, ignore_index, vocab);
   check_shape(scale, {1}, logits, "scale");
   check_type(scale, at::kFloat, "scale");
-  const auto fp32 = logits.options().dtype(at::kFloat);
   const int64_t rows = logits.size(0);
-  at::Tensor loss = at::empty({rows}, fp32);
-  at::Tensor scratch = at::empty({at::get_num_threads(), cross_entropy_scratch(vocab)}, fp32);
+  at::Tensor loss = at::empty({rows}, logits.options().dtype(at::kFloat));
   args.gradient = logits.mutable_data_ptr();
   args.factor = scale.const_data_ptr<float>();
   args.loss = loss.mutable_data_ptr<float>();
-  float* own = scratch.mutable_data_ptr<float>();
-  at::parallel_for(0, rows, grain(args.columns), [&](int64_t begin, int64_t end) {
-    GPTFAST_CALL(cross_entropy_forward_backward, args, begin, end, own + at::get_thread_num() * cross_entropy_scratch(vocab));
+  for_rows_with_scratch(args, rows, [&](int64_t begin, int64_t end, float* scratch) {
+    GPTFAST_CALL(cross_entropy_forward_backward, args, begin, end, scratch);
   });
   return loss;
 }

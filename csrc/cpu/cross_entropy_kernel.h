@@ -1,7 +1,7 @@
-// Cross entropy on rows of logits: statistics, the gradient from them, and both in one go.
+// Cross entropy on rows of logits: log-sum-exp and loss, the gradient, and both in one go.
 // One reading of a row from memory gives its log-sum-exp: block by block, each lane keeps its own maximum and a sum relative to it,
-// and exponentials are taken while a block is in the first-level cache. In one go these exponentials are kept (a row fits in the
-// second-level cache) and only scaled for the gradient. What limits it is exp, then bandwidth: 1 element a logit read, 1 written.
+// and exponentials are taken while a block is in the first-level cache. For a gradient they are kept (a row fits in the second-level
+// cache) and then only scaled. What limits it is exp, then bandwidth: 1 element a logit read, 1 written for a gradient.
 #pragma once
 
 #include "cpu/isa.h"
@@ -31,7 +31,7 @@ struct CrossEntropy {
 constexpr int64_t kCrossEntropyBlock = 1024;
 constexpr int64_t kWidestVec = 16;
 
-// Floats that cross_entropy_forward_backward needs to itself: the exponentials of a row, and the maxima that a block's stand for
+// Floats that a thread needs to itself for gradients: the exponentials of a row, and the maxima that a block's stand for
 inline int64_t cross_entropy_scratch(int64_t vocab) {
   return vocab + ((vocab + kCrossEntropyBlock - 1) / kCrossEntropyBlock + 1) * kWidestVec;
 }
@@ -40,9 +40,9 @@ inline int64_t cross_entropy_scratch(int64_t vocab) {
 
 // Writes loss and lse
 GPTFAST_PER_ISA(void cross_entropy_forward(const CrossEntropy& args, int64_t first_row, int64_t end_row))
-// Reads lse, writes gradient
-GPTFAST_PER_ISA(void cross_entropy_backward(const CrossEntropy& args, int64_t first_row, int64_t end_row))
-// Writes loss, lse and gradient; scratch [cross_entropy_scratch(vocab)] is the calling thread's own
+// Reads lse, writes gradient; scratch [cross_entropy_scratch(vocab)] is the calling thread's own
+GPTFAST_PER_ISA(void cross_entropy_backward(const CrossEntropy& args, int64_t first_row, int64_t end_row, float* scratch))
+// Writes loss, lse and gradient
 GPTFAST_PER_ISA(void cross_entropy_forward_backward(const CrossEntropy& args, int64_t first_row, int64_t end_row, float* scratch))
 
 #ifdef GPTFAST_ISA
@@ -149,8 +149,9 @@ void forward(const CrossEntropy& args, int64_t first_row, int64_t end_row) {
   }
 }
 
+// Softmax from the exponentials' own sum: that of exp(x - lse) is not quite 1, because lse, a number of the logits' size, was rounded
 template <typename T, typename G>
-void backward(const CrossEntropy& args, int64_t first_row, int64_t end_row) {
+void backward(const CrossEntropy& args, int64_t first_row, int64_t end_row, float* scratch) {
   for (int64_t row = first_row; row < end_row; ++row) {
     const T* x = static_cast<const T*>(args.logits) + row * args.logits_stride;
     G* gradient = static_cast<G*>(args.gradient) + row * args.gradient_stride;
@@ -159,15 +160,24 @@ void backward(const CrossEntropy& args, int64_t first_row, int64_t end_row) {
       constant_row(args, gradient, target);
       continue;
     }
-    const Vec lse = set(args.lse[row]), factor = set(args.factor[row * args.factor_stride]);
-    const auto softmax = [&](int64_t i, int lanes) { return exp_bounded(load_lanes(x + i, lanes) - lse); };
+    const Vec lse = set(args.lse[row]);
+    const float total = sum_columns(args.vocab, [&](int64_t i, int lanes) {
+      const Vec e = exp_bounded(load_lanes(x + i, lanes) - lse);
+      store_lanes(scratch + i, e, lanes);
+      return e;
+    });
+    const float factor = args.factor[row * args.factor_stride], share = factor / total;
     if (args.stream) {
-      for_aligned_columns(gradient, args.vocab, [&](int64_t i, int lanes) { stream_lanes(gradient + i, softmax(i, lanes) * factor, lanes); });
+      for_aligned_columns(gradient, args.vocab, [&](int64_t i, int lanes) {
+        stream_lanes(gradient + i, load_lanes(scratch + i, lanes) * set(share), lanes);
+      });
     } else {
-      for_columns(args.vocab, [&](int64_t i, int lanes) { store_lanes(gradient + i, softmax(i, lanes) * factor, lanes); });
+      for_columns(args.vocab, [&](int64_t i, int lanes) {
+        store_lanes(gradient + i, load_lanes(scratch + i, lanes) * set(share), lanes);
+      });
     }
     fill_columns(gradient, args.vocab, args.columns, 0);
-    store(gradient + target, (softmax(target, 1) - set(1)) * factor, 1);
+    store(gradient + target, set(scratch[target] * share - factor), 1);
   }
   finish_streams();
 }
@@ -222,11 +232,11 @@ void cross_entropy_forward(const CrossEntropy& args, int64_t first_row, int64_t 
   }
 }
 
-void cross_entropy_backward(const CrossEntropy& args, int64_t first_row, int64_t end_row) {
+void cross_entropy_backward(const CrossEntropy& args, int64_t first_row, int64_t end_row, float* scratch) {
   switch (args.type) {
-    case Type::fp32: return backward<float, float>(args, first_row, end_row);
-    case Type::bf16: return backward<bf16, bf16>(args, first_row, end_row);
-    case Type::fp16: return backward<fp16, fp16>(args, first_row, end_row);
+    case Type::fp32: return backward<float, float>(args, first_row, end_row, scratch);
+    case Type::bf16: return backward<bf16, bf16>(args, first_row, end_row, scratch);
+    case Type::fp16: return backward<fp16, fp16>(args, first_row, end_row, scratch);
   }
 }
 

@@ -94,6 +94,44 @@ def eager(
         copy.copy_(new if host else torch.where(apply, new, copy.to(new.dtype)))
 
 
+def _check(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    copies: Sequence[Tensor] | None,
+    lr: Tensor,
+    step: Tensor,
+    scale: Tensor,
+    finite: Tensor,
+    weight_decay: Sequence[float],
+) -> None:
+    """Raises gptfast.Error for what a user can get wrong."""
+    mutated = {"params": params, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq} | ({} if copies is None else {"copies": copies})
+    for label, tensors in (mutated | {"grads": grads}).items():
+        if [t.shape for t in tensors] != [p.shape for p in params]:
+            raise Error(f"adamw_: {label} do not have the shapes of the {len(params)} params")
+    for label, tensors in mutated.items():
+        if not all(t.is_contiguous() for t in tensors):
+            raise Error(f"adamw_: {label} holds a tensor that is not contiguous; it is updated in place")
+    if len(weight_decay) != len(params):
+        raise Error(f"adamw_: weight_decay has {len(weight_decay)} numbers for {len(params)} params")
+    for label, scalar in {"lr": lr, "step": step, "scale": scale, "finite": finite}.items():
+        if scalar.shape != (1,):
+            raise Error(f"adamw_: {label} has shape {tuple(scalar.shape)}; needed is a tensor [1]")
+
+
+if backend.has_schema("adamw_"):
+
+    @torch.library.register_fake("gptfast::adamw_")  # type: ignore[untyped-decorator]
+    def _(
+        params: Sequence[Tensor], grads: Sequence[Tensor], exp_avg: Sequence[Tensor], exp_avg_sq: Sequence[Tensor],
+        copies: Sequence[Tensor] | None, lr: Tensor, step: Tensor, scale: Tensor, finite: Tensor, weight_decay: Sequence[float],
+        beta1: float, beta2: float, eps: float,
+    ) -> None:
+        return None
+
+
 def adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -114,22 +152,18 @@ def adamw_(
     `scale` multiplies the gradients (the clip coefficient, 1 / the loss scale). Raises gptfast.Error where the lists do not fit
     together, a tensor to be mutated is not contiguous, or a scalar is not a tensor [1].
     """
-    mutated = {"params": params, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq} | ({} if copies is None else {"copies": copies})
-    for label, tensors in (mutated | {"grads": grads}).items():
-        if [t.shape for t in tensors] != [p.shape for p in params]:
-            raise Error(f"adamw_: {label} do not have the shapes of the {len(params)} params")
-    for label, tensors in mutated.items():
-        if not all(t.is_contiguous() for t in tensors):
-            raise Error(f"adamw_: {label} holds a tensor that is not contiguous; it is updated in place")
-    if len(weight_decay) != len(params):
-        raise Error(f"adamw_: weight_decay has {len(weight_decay)} numbers for {len(params)} params")
-    for label, scalar in {"lr": lr, "step": step, "scale": scale, "finite": finite}.items():
-        if scalar.shape != (1,):
-            raise Error(f"adamw_: {label} has shape {tuple(scalar.shape)}; needed is a tensor [1]")
-    if not params:
-        return
+    arguments = (params, grads, exp_avg, exp_avg_sq, copies, lr, step, scale, finite, weight_decay)
     with torch.no_grad():
-        name = backend.choose("adamw_", list(params), list(grads))
-        leaf = eager if name == "eager" else backend.impl("adamw_", name).forward
-        dense = [g.contiguous() for g in grads] if name != "eager" else grads
-        leaf(params, dense, exp_avg, exp_avg_sq, copies, lr, step, scale, finite, weight_decay, beta1, beta2, eps)
+        name = backend.choose("adamw_", params, grads)
+        if name != "cpp" or not params or torch.compiler.is_compiling():
+            _check(*arguments)
+        if not params:
+            return
+        if name == "eager":
+            return eager(*arguments, beta1, beta2, eps)
+        dense = [g.contiguous() for g in grads]
+        try:
+            backend.impl("adamw_", name).forward(params, dense, *arguments[2:], beta1, beta2, eps)
+        except RuntimeError:  # the C++ leaf makes the same checks, a hundred tensors in microseconds, before it changes anything
+            _check(*arguments)
+            raise

@@ -36,6 +36,18 @@ def eager(logits: Tensor, targets: Tensor, ignore_index: int = -100, vocab: int 
     return loss.view(targets.shape) if reduction == "none" else loss
 
 
+if backend.has_schema("cross_entropy"):
+
+    @torch.library.register_fake("gptfast::cross_entropy")  # type: ignore[untyped-decorator]
+    def _(logits: Tensor, targets: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor, Tensor]:
+        loss = logits.new_empty(logits.shape[0], dtype=torch.float32)
+        return loss, torch.empty_like(loss)
+
+    @torch.library.register_fake("gptfast::cross_entropy_backward")  # type: ignore[untyped-decorator]
+    def _(dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int, vocab: int) -> Tensor:
+        return torch.empty_like(logits)
+
+
 class _Fast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, name: str, logits: Tensor, targets: Tensor, ignore_index: int, vocab: int) -> Tensor:

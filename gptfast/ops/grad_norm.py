@@ -33,6 +33,14 @@ def eager(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return norm, torch.isfinite(norm).to(wide)
 
 
+if backend.has_schema("grad_norm"):
+
+    @torch.library.register_fake("gptfast::grad_norm")  # type: ignore[untyped-decorator]
+    def _(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        norm = grads[0].new_empty(1, dtype=torch.float32)
+        return norm, torch.empty_like(norm)
+
+
 def grad_norm(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """(norm [1], finite [1]) of all gradients together; formula in the module's docstring. Nothing waits for the device."""
     with torch.no_grad():
