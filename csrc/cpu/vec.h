@@ -36,8 +36,14 @@ GPTFAST_INLINE To read(const From* pointer) {
 GPTFAST_INLINE Vec load(const float* p) { return read<Vec>(p); }
 GPTFAST_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
-// bf16 is the upper half of an fp32
+// bf16 is the upper half of an fp32. g++ 12 makes six instructions of __builtin_convertvector here, hence the intrinsics.
+#if defined(__AVX512F__)
+GPTFAST_INLINE Vec load(const bf16* p) { return (Vec)((Bits)_mm512_cvtepu16_epi32(read<__m256i>(p)) << 16); }
+#elif defined(__AVX2__)
+GPTFAST_INLINE Vec load(const bf16* p) { return (Vec)((Bits)_mm256_cvtepu16_epi32(read<__m128i>(p)) << 16); }
+#else
 GPTFAST_INLINE Vec load(const bf16* p) { return (Vec)(__builtin_convertvector(read<Half>(p), Bits) << 16); }
+#endif
 
 #if defined(__AVX512F__)
 
@@ -136,6 +142,24 @@ GPTFAST_INLINE void store(T* p, Vec v, int n) {
 }
 #endif
 
+// Stores that go to memory past the caches and do not read the line first; p is a multiple of the register's size, and of 64 from
+// one line to the next. finish_streams() makes them visible to other threads.
+#if defined(__AVX512F__)
+GPTFAST_INLINE void stream(float* p, Vec v) { _mm512_stream_ps(p, (__m512)v); }
+GPTFAST_INLINE void stream(bf16* p, Vec v) { _mm256_stream_si256((__m256i*)p, (__m256i)to_bf16(v)); }
+GPTFAST_INLINE void stream(fp16* p, Vec v) { _mm256_stream_si256((__m256i*)p, (__m256i)to_fp16(v)); }
+GPTFAST_INLINE void finish_streams() { _mm_sfence(); }
+#elif defined(__AVX2__)
+GPTFAST_INLINE void stream(float* p, Vec v) { _mm256_stream_ps(p, (__m256)v); }
+GPTFAST_INLINE void stream(bf16* p, Vec v) { _mm_stream_si128((__m128i*)p, (__m128i)to_bf16(v)); }
+GPTFAST_INLINE void stream(fp16* p, Vec v) { _mm_stream_si128((__m128i*)p, (__m128i)to_fp16(v)); }
+GPTFAST_INLINE void finish_streams() { _mm_sfence(); }
+#else
+template <typename T>
+GPTFAST_INLINE void stream(T* p, Vec v) { store(p, v); }
+GPTFAST_INLINE void finish_streams() {}
+#endif
+
 // All lanes or the first n: with n == kWidth known at compile time this is the plain form
 template <typename T>
 GPTFAST_INLINE Vec load_lanes(const T* p, int n) { return n == kWidth ? load(p) : load(p, n); }
@@ -163,6 +187,37 @@ GPTFAST_INLINE float sum_columns(int64_t columns, F f) {
   }
   for (; i + kWidth <= columns; i += kWidth) a += f(i, kWidth);
   if (i < columns) b += keep_first(f(i, static_cast<int>(columns - i)), static_cast<int>(columns - i));
+  return sum((a + b) + (c + d));
+}
+
+// 2 kWidth values in two registers, in any order: bf16 come as the even ones and the odd ones, an operation each
+template <typename T>
+GPTFAST_INLINE void load_pair(const T* p, Vec& a, Vec& b) {
+  a = load(p);
+  b = load(p + kWidth);
+}
+GPTFAST_INLINE void load_pair(const bf16* p, Vec& a, Vec& b) {
+  const Bits both = read<Bits>(p);
+  a = (Vec)(both << 16);
+  b = (Vec)(both & 0xffff0000u);
+}
+
+// Sum of f(value) over p[0..columns), where the order of the values does not matter
+template <typename T, typename F>
+GPTFAST_INLINE float sum_values(const T* p, int64_t columns, F f) {
+  Vec a = set(0), b = set(0), c = set(0), d = set(0);
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= columns; i += 4 * kWidth) {
+    Vec first_pair[2], second_pair[2];
+    load_pair(p + i, first_pair[0], first_pair[1]);
+    load_pair(p + i + 2 * kWidth, second_pair[0], second_pair[1]);
+    a += f(first_pair[0]);
+    b += f(first_pair[1]);
+    c += f(second_pair[0]);
+    d += f(second_pair[1]);
+  }
+  for (; i + kWidth <= columns; i += kWidth) a += f(load(p + i));
+  if (i < columns) b += keep_first(f(load(p + i, static_cast<int>(columns - i))), static_cast<int>(columns - i));
   return sum((a + b) + (c + d));
 }
 
