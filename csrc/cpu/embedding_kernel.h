@@ -84,7 +84,7 @@ void embedding_sums_of(const EmbeddingSums& args, int64_t first_id, int64_t end_
       for (int64_t place = first_place; place < end_place; ++place) {
         total += load_lanes(static_cast<const T*>(args.dy) + args.places[place] * columns + i, lanes);
       }
-      args.stream ? stream(sums + i, total) : store_lanes(sums + i, total, lanes);
+      store_or_stream(sums + i, total, lanes, args.stream);
     });
   }
   if (args.stream) finish_streams();

@@ -38,6 +38,7 @@ at::Tensor gelu_cpu(const at::Tensor& x, OptionalTensor bias, c10::string_view a
   Gelu args = arguments(x, shift, approximate);
   at::Tensor y = at::empty_like(x);
   args.y = y.mutable_data_ptr();
+  args.stream = past_caches(y);
   at::parallel_for(0, x.size(0), grain(args.columns), [&](int64_t begin, int64_t end) {
     GPTFAST_CALL(gelu_forward, args, begin, end);
   });
@@ -55,6 +56,7 @@ std::tuple<at::Tensor, at::Tensor> gelu_backward_cpu(const at::Tensor& dy, const
   at::Tensor dx = at::empty_like(x);
   args.dy = dy.const_data_ptr();
   args.dx = dx.mutable_data_ptr();
+  args.stream = past_caches(dx);
   if (!has(bias)) {
     at::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
       GPTFAST_CALL(gelu_backward, args, begin, end, nullptr);

@@ -18,6 +18,7 @@ struct Gelu {
   void* y;            // [N, C]
   const void* dy;     // [N, C]
   void* dx;           // [N, C]
+  bool stream;        // y or dx is written past the caches; needs rows and a start that are whole cache lines
 };
 
 }  // namespace gptfast::cpu
@@ -78,17 +79,19 @@ void gelu_rows(const Gelu& args, int64_t first_row, int64_t end_row) {
   const int64_t columns = args.columns;
   const T* x = static_cast<const T*>(args.x) + first_row * columns;
   T* y = static_cast<T*>(args.y) + first_row * columns;
-  if (args.bias == nullptr) {
+  const float* bias = args.bias;
+  const bool past_caches = args.stream;
+  if (bias == nullptr) {
     for_columns((end_row - first_row) * columns, [&](int64_t i, int lanes) {
       const Vec u = load_lanes(x + i, lanes);
-      store_lanes(y + i, u * gate_of<T, kTanh, false>(u), lanes);
+      store_or_stream(y + i, u * gate_of<T, kTanh, false>(u), lanes, past_caches);
     });
     return;
   }
   for (int64_t row = first_row; row < end_row; ++row, x += columns, y += columns) {
     for_columns(columns, [&](int64_t i, int lanes) {
-      const Vec u = load_lanes(x + i, lanes) + load_lanes(args.bias + i, lanes);
-      store_lanes(y + i, u * gate_of<T, kTanh, false>(u), lanes);
+      const Vec u = load_lanes(x + i, lanes) + load_lanes(bias + i, lanes);
+      store_or_stream(y + i, u * gate_of<T, kTanh, false>(u), lanes, past_caches);
     });
   }
 }
@@ -99,14 +102,16 @@ GPTFAST_INLINE void gelu_backward_group(const Gelu& args, int64_t row, float* su
   const T* x = static_cast<const T*>(args.x) + row * columns;
   const T* dy = static_cast<const T*>(args.dy) + row * columns;
   T* dx = static_cast<T*>(args.dx) + row * columns;
+  const float* biases = args.bias;
+  const bool past_caches = args.stream;
   for_columns(columns, [&](int64_t i, int lanes) {
-    const Vec bias = load_lanes(args.bias + i, lanes);
+    const Vec bias = load_lanes(biases + i, lanes);
     Vec total = load_lanes(sums + i, lanes);
     for (int r = 0; r < kRows; ++r) {
       const int64_t place = r * columns + i;
       const Vec slope = gate_of<T, kTanh, true>(load_lanes(x + place, lanes) + bias);
       const Vec gradient = load_lanes(dy + place, lanes) * slope;
-      store_lanes(dx + place, gradient, lanes);
+      store_or_stream(dx + place, gradient, lanes, past_caches);
       total += gradient;
     }
     store_lanes(sums + i, total, lanes);
@@ -120,8 +125,10 @@ void gelu_backward_rows(const Gelu& args, int64_t first_row, int64_t end_row, fl
     const T* x = static_cast<const T*>(args.x) + first_row * columns;
     const T* dy = static_cast<const T*>(args.dy) + first_row * columns;
     T* dx = static_cast<T*>(args.dx) + first_row * columns;
+    const bool past_caches = args.stream;
     for_columns((end_row - first_row) * columns, [&](int64_t i, int lanes) {
-      store_lanes(dx + i, load_lanes(dy + i, lanes) * gate_of<T, kTanh, true>(load_lanes(x + i, lanes)), lanes);
+      const Vec slope = gate_of<T, kTanh, true>(load_lanes(x + i, lanes));
+      store_or_stream(dx + i, load_lanes(dy + i, lanes) * slope, lanes, past_caches);
     });
     return;
   }
@@ -134,12 +141,14 @@ void gelu_backward_rows(const Gelu& args, int64_t first_row, int64_t end_row, fl
 template <typename T>
 void gelu_forward_of(const Gelu& args, int64_t first_row, int64_t end_row) {
   args.tanh ? gelu_rows<T, true>(args, first_row, end_row) : gelu_rows<T, false>(args, first_row, end_row);
+  if (args.stream) finish_streams();
 }
 
 template <typename T>
 void gelu_backward_of(const Gelu& args, int64_t first_row, int64_t end_row, float* sums) {
   args.tanh ? gelu_backward_rows<T, true>(args, first_row, end_row, sums)
             : gelu_backward_rows<T, false>(args, first_row, end_row, sums);
+  if (args.stream) finish_streams();
 }
 
 }  // namespace

@@ -1,6 +1,10 @@
 // All *_kernel.h: what each kernels_<isa>.cpp compiles once for its instruction set.
 #pragma once
 
+#include "cpu/add_layer_norm_kernel.h"
 #include "cpu/convert_kernel.h"
+#include "cpu/dropout_kernel.h"
+#include "cpu/embedding_kernel.h"
+#include "cpu/gelu_kernel.h"
 #include "cpu/layer_norm_kernel.h"
 #include "cpu/partials_kernel.h"

@@ -1,7 +1,7 @@
 // layer_norm on rows in memory: forward, backward and the last step of the parameters' gradients; add_layer_norm_kernel.h shares it.
 // A row stays in the first-level cache for the two passes of its statistics and the one that writes it, so memory is read once and
-// written once: 2 elements a value forward, 3 backward, which is what limits it. Backward takes kGroup rows at a time, so that the
-// sums for dweight and dbias are loaded and stored once a group.
+// written once: 2 elements a value forward, 3 backward, which is what limits it. kGroup rows are taken at a time: their sums do not
+// wait for each other, and the parameters and the sums for dweight and dbias are loaded and stored once a group.
 #pragma once
 
 #include "cpu/isa.h"
@@ -40,36 +40,44 @@ namespace {
 
 constexpr int kGroup = 4;
 
-template <typename T>
-GPTFAST_INLINE void store_or_stream(T* p, Vec v, int lanes, bool past_caches) {
-  past_caches ? stream(p, v) : store_lanes(p, v, lanes);
-}
-
-// y, mean and rstd of one row: x, whose sum the caller knows
-template <typename T>
-GPTFAST_INLINE void normalise_row(const LayerNorm& args, int64_t row, const T* x, float sum_x) {
+// y, mean and rstd of kRows rows: x, whose sums the caller knows
+template <int kRows, typename T>
+GPTFAST_INLINE void normalise_rows(const LayerNorm& args, int64_t row, const T* x, const float* sums) {
   const int64_t columns = args.columns;
-  const float count = static_cast<float>(columns), mean = sum_x / count;
-  const float *weight = args.weight, *bias = args.bias;
+  const float *weight = args.weight, *bias = args.bias, count = static_cast<float>(columns);
   const bool past_caches = args.stream;
   T* y = static_cast<T*>(args.y) + row * columns;
-  const float squares = sum_values(x, columns, [&](Vec value) { return (value - set(mean)) * (value - set(mean)); });
-  const float rstd = 1.0f / __builtin_sqrtf(squares / count + args.eps);
+  Vec mean[kRows], rstd[kRows];
+  float squares[kRows];
+  for (int r = 0; r < kRows; ++r) mean[r] = set(sums[r] / count);
+  sum_rows<kRows>(x, columns, squares, [&](int r, Vec value) { return (value - mean[r]) * (value - mean[r]); });
+  for (int r = 0; r < kRows; ++r) {
+    args.mean[row + r] = sums[r] / count;
+    args.rstd[row + r] = 1.0f / __builtin_sqrtf(squares[r] / count + args.eps);
+    rstd[r] = set(args.rstd[row + r]);
+  }
   for_columns(columns, [&](int64_t i, int lanes) {
-    const Vec normal = (load_lanes(x + i, lanes) - set(mean)) * set(rstd);
-    const Vec scaled = normal * load_lanes(weight + i, lanes) + load_lanes(bias + i, lanes);
-    store_or_stream(y + i, scaled, lanes, past_caches);
+    const Vec w = load_lanes(weight + i, lanes), b = load_lanes(bias + i, lanes);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec normal = (load_lanes(x + r * columns + i, lanes) - mean[r]) * rstd[r];
+      store_or_stream(y + r * columns + i, normal * w + b, lanes, past_caches);
+    }
   });
-  args.mean[row] = mean;
-  args.rstd[row] = rstd;
+}
+
+template <typename T, int kRows>
+GPTFAST_INLINE void forward_group(const LayerNorm& args, int64_t row) {
+  const T* x = static_cast<const T*>(args.x) + row * args.columns;
+  float sums[kRows];
+  sum_rows<kRows>(x, args.columns, sums, [](int, Vec value) { return value; });
+  normalise_rows<kRows>(args, row, x, sums);
 }
 
 template <typename T>
 void forward_rows(const LayerNorm& args, int64_t first_row, int64_t end_row) {
-  for (int64_t row = first_row; row < end_row; ++row) {
-    const T* x = static_cast<const T*>(args.x) + row * args.columns;
-    normalise_row(args, row, x, sum_values(x, args.columns, [](Vec value) { return value; }));
-  }
+  int64_t row = first_row;
+  for (; row + kGroup <= end_row; row += kGroup) forward_group<T, kGroup>(args, row);
+  for (; row < end_row; ++row) forward_group<T, 1>(args, row);
   if (args.stream) finish_streams();
 }
 

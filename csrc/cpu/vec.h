@@ -166,6 +166,12 @@ GPTFAST_INLINE Vec load_lanes(const T* p, int n) { return n == kWidth ? load(p) 
 template <typename T>
 GPTFAST_INLINE void store_lanes(T* p, Vec v, int n) { n == kWidth ? store(p, v) : store(p, v, n); }
 
+// past_caches: streams, all lanes
+template <typename T>
+GPTFAST_INLINE void store_or_stream(T* p, Vec v, int lanes, bool past_caches) {
+  past_caches ? stream(p, v) : store_lanes(p, v, lanes);
+}
+
 // f(column, lanes) over 0..columns in whole registers, then the tail
 template <typename F>
 GPTFAST_INLINE void for_columns(int64_t columns, F f) {
@@ -202,23 +208,24 @@ GPTFAST_INLINE void load_pair(const bf16* p, Vec& a, Vec& b) {
   b = (Vec)(both & 0xffff0000u);
 }
 
-// Sum of f(value) over p[0..columns), where the order of the values does not matter
-template <typename T, typename F>
-GPTFAST_INLINE float sum_values(const T* p, int64_t columns, F f) {
-  Vec a = set(0), b = set(0), c = set(0), d = set(0);
+// out[r] = sum of f(r, value) over the columns of kRows rows of x, where the order of the values does not matter
+template <int kRows, typename T, typename F>
+GPTFAST_INLINE void sum_rows(const T* x, int64_t columns, float* out, F f) {
+  Vec a[kRows] = {}, b[kRows] = {};
   int64_t i = 0;
-  for (; i + 4 * kWidth <= columns; i += 4 * kWidth) {
-    Vec first_pair[2], second_pair[2];
-    load_pair(p + i, first_pair[0], first_pair[1]);
-    load_pair(p + i + 2 * kWidth, second_pair[0], second_pair[1]);
-    a += f(first_pair[0]);
-    b += f(first_pair[1]);
-    c += f(second_pair[0]);
-    d += f(second_pair[1]);
+  for (; i + 2 * kWidth <= columns; i += 2 * kWidth) {
+    for (int r = 0; r < kRows; ++r) {
+      Vec one, other;
+      load_pair(x + r * columns + i, one, other);
+      a[r] += f(r, one);
+      b[r] += f(r, other);
+    }
   }
-  for (; i + kWidth <= columns; i += kWidth) a += f(load(p + i));
-  if (i < columns) b += keep_first(f(load(p + i, static_cast<int>(columns - i))), static_cast<int>(columns - i));
-  return sum((a + b) + (c + d));
+  for (; i < columns; i += kWidth) {
+    const int lanes = columns - i < kWidth ? static_cast<int>(columns - i) : kWidth;
+    for (int r = 0; r < kRows; ++r) a[r] += keep_first(f(r, load_lanes(x + r * columns + i, lanes)), lanes);
+  }
+  for (int r = 0; r < kRows; ++r) out[r] = sum(a[r] + b[r]);
 }
 
 }  // namespace
