@@ -2,8 +2,12 @@
 #pragma once
 
 #include "cpu/adamw__kernel.h"
+#include "cpu/add_layer_norm_kernel.h"
 #include "cpu/convert_kernel.h"
 #include "cpu/cross_entropy_kernel.h"
+#include "cpu/dropout_kernel.h"
+#include "cpu/embedding_kernel.h"
+#include "cpu/gelu_kernel.h"
 #include "cpu/grad_norm_kernel.h"
 #include "cpu/layer_norm_kernel.h"
 #include "cpu/partials_kernel.h"

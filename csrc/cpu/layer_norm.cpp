@@ -4,7 +4,7 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include <tuple>
+#include "cpu/layer_norm.h"
 
 #include "check.h"
 #include "cpu/layer_norm_kernel.h"
@@ -13,8 +13,6 @@
 
 namespace gptfast::cpu {
 namespace {
-
-using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 Three layer_norm_cpu(const at::Tensor& x, OptionalTensor weight, OptionalTensor bias, double eps) {
   check_rows(x, "x");
@@ -32,6 +30,7 @@ Three layer_norm_cpu(const at::Tensor& x, OptionalTensor weight, OptionalTensor 
   args.weight = scale.const_data_ptr<float>();
   args.bias = shift.const_data_ptr<float>();
   args.y = y.mutable_data_ptr();
+  args.stream = past_caches(y);
   args.mean = mean.mutable_data_ptr<float>();
   args.rstd = rstd.mutable_data_ptr<float>();
   at::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) { GPTFAST_CALL(layer_norm_forward, args, begin, end); });
@@ -40,6 +39,13 @@ Three layer_norm_cpu(const at::Tensor& x, OptionalTensor weight, OptionalTensor 
 
 Three layer_norm_backward_cpu(const at::Tensor& dy, const at::Tensor& x, OptionalTensor weight, const at::Tensor& mean,
                               const at::Tensor& rstd) {
+  return layer_norm_gradients(std::nullopt, dy, x, weight, mean, rstd);
+}
+
+}  // namespace
+
+Three layer_norm_gradients(OptionalTensor dtotal, const at::Tensor& dy, const at::Tensor& x, OptionalTensor weight,
+                           const at::Tensor& mean, const at::Tensor& rstd) {
   check_norm_backward(dy, x, weight, mean, rstd);
   const int64_t columns = x.size(1);
   const auto fp32 = x.options().dtype(at::kFloat);
@@ -55,7 +61,9 @@ Three layer_norm_backward_cpu(const at::Tensor& dy, const at::Tensor& x, Optiona
   args.mean = const_cast<float*>(mean.const_data_ptr<float>());
   args.rstd = const_cast<float*>(rstd.const_data_ptr<float>());
   args.dy = dy.const_data_ptr();
+  args.dtotal = has(dtotal) ? dtotal->const_data_ptr() : nullptr;
   args.dx = dx.mutable_data_ptr();
+  args.stream = past_caches(dx);
   float* partial = partials.mutable_data_ptr<float>();
   at::parallel_for(0, blocks.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
@@ -71,7 +79,6 @@ Three layer_norm_backward_cpu(const at::Tensor& dy, const at::Tensor& x, Optiona
   return {dx, as_type(dweight, type), as_type(dbias, type)};
 }
 
-}  // namespace
 }  // namespace gptfast::cpu
 
 TORCH_LIBRARY_IMPL(gptfast, CPU, m) {

@@ -1,7 +1,7 @@
-// layer_norm on rows in memory: forward, backward and the last step of the parameters' gradients.
+// layer_norm on rows in memory: forward, backward and the last step of the parameters' gradients; add_layer_norm_kernel.h shares it.
 // A row stays in the first-level cache for the two passes of its statistics and the one that writes it, so memory is read once and
-// written once: 2 elements a value forward, 3 backward, which is what limits it. Backward takes kGroup rows at a time, so that the
-// sums for dweight and dbias are loaded and stored once a group.
+// written once: 2 elements a value forward, 3 backward, which is what limits it. kGroup rows are taken at a time: their sums do not
+// wait for each other, and the parameters and the sums for dweight and dbias are loaded and stored once a group.
 #pragma once
 
 #include "cpu/isa.h"
@@ -10,7 +10,7 @@
 namespace gptfast::cpu {
 
 struct LayerNorm {
-  Type type;            // of x, y, dy, dx
+  Type type;            // of x, y, dy, dtotal, dx
   int64_t columns;      // C
   float eps;
   const void* x;        // [N, C]
@@ -20,7 +20,9 @@ struct LayerNorm {
   float* mean;          // [N]
   float* rstd;          // [N]
   const void* dy;       // [N, C]
+  const void* dtotal;   // [N, C], a gradient of x that comes another way and is added to dx, or null
   void* dx;             // [N, C]
+  bool stream;          // y or dx is written past the caches; needs rows and a start that are whole cache lines
 };
 
 }  // namespace gptfast::cpu
@@ -38,72 +40,105 @@ namespace {
 
 constexpr int kGroup = 4;
 
+// y, mean and rstd of kRows rows: x, whose sums the caller knows
+template <int kRows, typename T>
+GPTFAST_INLINE void normalise_rows(const LayerNorm& args, int64_t row, const T* x, const float* sums) {
+  const int64_t columns = args.columns;
+  const float *weight = args.weight, *bias = args.bias, count = static_cast<float>(columns);
+  const bool past_caches = args.stream;
+  T* y = static_cast<T*>(args.y) + row * columns;
+  Vec mean[kRows], rstd[kRows];
+  float squares[kRows];
+  for (int r = 0; r < kRows; ++r) mean[r] = set(sums[r] / count);
+  sum_rows<kRows>(x, columns, squares, [&](int r, Vec value) { return (value - mean[r]) * (value - mean[r]); });
+  for (int r = 0; r < kRows; ++r) {
+    args.mean[row + r] = sums[r] / count;
+    args.rstd[row + r] = 1.0f / __builtin_sqrtf(squares[r] / count + args.eps);
+    rstd[r] = set(args.rstd[row + r]);
+  }
+  for_columns(columns, [&](int64_t i, int lanes) {
+    const Vec w = load_lanes(weight + i, lanes), b = load_lanes(bias + i, lanes);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec normal = (load_lanes(x + r * columns + i, lanes) - mean[r]) * rstd[r];
+      store_or_stream(y + r * columns + i, normal * w + b, lanes, past_caches);
+    }
+  });
+}
+
+template <typename T, int kRows>
+GPTFAST_INLINE void forward_group(const LayerNorm& args, int64_t row) {
+  const T* x = static_cast<const T*>(args.x) + row * args.columns;
+  float sums[kRows];
+  sum_rows<kRows>(x, args.columns, sums, [](int, Vec value) { return value; });
+  normalise_rows<kRows>(args, row, x, sums);
+}
+
 template <typename T>
 void forward_rows(const LayerNorm& args, int64_t first_row, int64_t end_row) {
-  const int64_t columns = args.columns;
-  const float count = static_cast<float>(columns);
-  for (int64_t row = first_row; row < end_row; ++row) {
-    const T* x = static_cast<const T*>(args.x) + row * columns;
-    T* y = static_cast<T*>(args.y) + row * columns;
-    const float mean = sum_columns(columns, [&](int64_t i, int lanes) { return load_lanes(x + i, lanes); }) / count;
-    const float squares = sum_columns(columns, [&](int64_t i, int lanes) {
-      const Vec deviation = load_lanes(x + i, lanes) - set(mean);
-      return deviation * deviation;
-    });
-    const float rstd = 1.0f / __builtin_sqrtf(squares / count + args.eps);
-    for_columns(columns, [&](int64_t i, int lanes) {
-      const Vec normal = (load_lanes(x + i, lanes) - set(mean)) * set(rstd);
-      store_lanes(y + i, normal * load_lanes(args.weight + i, lanes) + load_lanes(args.bias + i, lanes), lanes);
-    });
-    args.mean[row] = mean;
-    args.rstd[row] = rstd;
-  }
+  int64_t row = first_row;
+  for (; row + kGroup <= end_row; row += kGroup) forward_group<T, kGroup>(args, row);
+  for (; row < end_row; ++row) forward_group<T, 1>(args, row);
+  if (args.stream) finish_streams();
 }
 
 // dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) with g = dy * weight, for kRows rows
-template <typename T, int kRows>
+template <typename T, int kRows, bool kAdd>
 GPTFAST_INLINE void backward_group(const LayerNorm& args, int64_t row, float* dweight, float* dbias) {
   const int64_t columns = args.columns;
-  const float count = static_cast<float>(columns);
   const T* x = static_cast<const T*>(args.x) + row * columns;
   const T* dy = static_cast<const T*>(args.dy) + row * columns;
+  const T* dtotal = static_cast<const T*>(args.dtotal) + row * columns;
   T* dx = static_cast<T*>(args.dx) + row * columns;
   const float* weight = args.weight;
-  float mean_g[kRows], mean_g_xhat[kRows];
+  const bool past_caches = args.stream;
+  Vec mean[kRows], rstd[kRows], sum_g[kRows] = {}, sum_products[kRows] = {};
+  for (int r = 0; r < kRows; ++r) mean[r] = set(args.mean[row + r]), rstd[r] = set(args.rstd[row + r]);
+  for_columns(columns, [&](int64_t i, int lanes) {
+    const Vec w = load_lanes(weight + i, lanes);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec g = load_lanes(dy + r * columns + i, lanes) * w;  // 0 in a missing lane
+      sum_g[r] += g;
+      sum_products[r] += g * (load_lanes(x + r * columns + i, lanes) - mean[r]);
+    }
+  });
+  Vec mean_g[kRows], slope[kRows];  // of rstd * mean(g), and of what stands before x - mean
   for (int r = 0; r < kRows; ++r) {
-    const Vec mean = set(args.mean[row + r]);
-    const int64_t start = r * columns;
-    Vec products = set(0);
-    mean_g[r] = sum_columns(columns, [&](int64_t i, int lanes) {
-      const Vec g = load_lanes(dy + start + i, lanes) * load_lanes(weight + i, lanes);
-      products += g * (load_lanes(x + start + i, lanes) - mean);  // a missing lane has g = 0
-      return g;
-    }) / count;
-    mean_g_xhat[r] = sum(products) * args.rstd[row + r] / count;
+    const float share = args.rstd[row + r] / static_cast<float>(columns);
+    mean_g[r] = set(sum(sum_g[r]) * share);
+    slope[r] = set(sum(sum_products[r]) * share) * rstd[r] * rstd[r];
   }
   for_columns(columns, [&](int64_t i, int lanes) {
     const Vec w = load_lanes(weight + i, lanes);
     Vec sum_weight = load_lanes(dweight + i, lanes), sum_bias = load_lanes(dbias + i, lanes);
     for (int r = 0; r < kRows; ++r) {
-      const Vec rstd = set(args.rstd[row + r]);
-      const Vec upstream = load_lanes(dy + r * columns + i, lanes);
-      const Vec xhat = (load_lanes(x + r * columns + i, lanes) - set(args.mean[row + r])) * rstd;
-      sum_weight += upstream * xhat;
+      const int64_t place = r * columns + i;
+      const Vec upstream = load_lanes(dy + place, lanes), scaled = upstream * rstd[r];
+      const Vec deviation = load_lanes(x + place, lanes) - mean[r];
+      sum_weight += scaled * deviation;
       sum_bias += upstream;
-      store_lanes(dx + r * columns + i, (upstream * w - set(mean_g[r]) - xhat * set(mean_g_xhat[r])) * rstd, lanes);
+      Vec gradient = scaled * w - mean_g[r] - deviation * slope[r];
+      if (kAdd) gradient += load_lanes(dtotal + place, lanes);
+      store_or_stream(dx + place, gradient, lanes, past_caches);
     }
     store_lanes(dweight + i, sum_weight, lanes);
     store_lanes(dbias + i, sum_bias, lanes);
   });
 }
 
-template <typename T>
+template <typename T, bool kAdd>
 void backward_rows(const LayerNorm& args, int64_t first_row, int64_t end_row, float* sums) {
   const int64_t columns = args.columns;
   for_columns(2 * columns, [&](int64_t i, int lanes) { store_lanes(sums + i, set(0), lanes); });
   int64_t row = first_row;
-  for (; row + kGroup <= end_row; row += kGroup) backward_group<T, kGroup>(args, row, sums, sums + columns);
-  for (; row < end_row; ++row) backward_group<T, 1>(args, row, sums, sums + columns);
+  for (; row + kGroup <= end_row; row += kGroup) backward_group<T, kGroup, kAdd>(args, row, sums, sums + columns);
+  for (; row < end_row; ++row) backward_group<T, 1, kAdd>(args, row, sums, sums + columns);
+  if (args.stream) finish_streams();
+}
+
+template <typename T>
+void backward_of(const LayerNorm& args, int64_t first_row, int64_t end_row, float* sums) {
+  args.dtotal == nullptr ? backward_rows<T, false>(args, first_row, end_row, sums)
+                         : backward_rows<T, true>(args, first_row, end_row, sums);
 }
 
 }  // namespace
@@ -118,9 +153,9 @@ void layer_norm_forward(const LayerNorm& args, int64_t first_row, int64_t end_ro
 
 void layer_norm_backward(const LayerNorm& args, int64_t first_row, int64_t end_row, float* sums) {
   switch (args.type) {
-    case Type::fp32: return backward_rows<float>(args, first_row, end_row, sums);
-    case Type::bf16: return backward_rows<bf16>(args, first_row, end_row, sums);
-    case Type::fp16: return backward_rows<fp16>(args, first_row, end_row, sums);
+    case Type::fp32: return backward_of<float>(args, first_row, end_row, sums);
+    case Type::bf16: return backward_of<bf16>(args, first_row, end_row, sums);
+    case Type::fp16: return backward_of<fp16>(args, first_row, end_row, sums);
   }
 }
 

@@ -9,6 +9,27 @@ namespace {
 
 constexpr int kNoiseWords = 4 * kWidth;  // words that one call of noise_words makes
 
+#if defined(__AVX512F__)
+
+// the instruction multiplies the even lanes to 64 bits: one product for these, one for the odd lanes, and the halves sorted
+GPTFAST_INLINE void multiply(Bits a, uint32_t by, Bits& high, Bits& low) {
+  const __m512i lanes = (__m512i)a, factor = _mm512_set1_epi32(static_cast<int>(by));
+  const __m512i even = _mm512_mul_epu32(lanes, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(lanes, 32), factor);
+  high = (Bits)_mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB);
+  low = (Bits)_mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA);
+}
+
+#elif defined(__AVX2__)
+
+GPTFAST_INLINE void multiply(Bits a, uint32_t by, Bits& high, Bits& low) {
+  const __m256i lanes = (__m256i)a, factor = _mm256_set1_epi32(static_cast<int>(by));
+  const __m256i even = _mm256_mul_epu32(lanes, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(lanes, 32), factor);
+  high = (Bits)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+  low = (Bits)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+}
+
+#else
+
 typedef uint64_t Wide __attribute__((vector_size(kWidth * 8)));
 
 GPTFAST_INLINE void multiply(Bits a, uint32_t by, Bits& high, Bits& low) {
@@ -16,6 +37,8 @@ GPTFAST_INLINE void multiply(Bits a, uint32_t by, Bits& high, Bits& low) {
   high = __builtin_convertvector(product >> 32, Bits);
   low = a * by;
 }
+
+#endif
 
 // out[i] = the word of id first_id + i, for kNoiseWords ids; first_id is a multiple of 4 (ids beyond 2^32 wrap, as philox.h's do)
 GPTFAST_INLINE void noise_words(uint64_t seed, uint32_t first_id, uint32_t position, uint32_t choice, uint32_t purpose,

@@ -41,6 +41,13 @@ inline at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& op
   return result;
 }
 
+// Whether a result is written past the caches: it is larger than half of a usual last-level cache, so whoever reads it next would not
+// find its beginning there, and its rows are whole cache lines
+inline bool past_caches(const at::Tensor& result) {
+  const bool lines = result.dim() == 2 && result.size(1) * result.itemsize() % 64 == 0;
+  return lines && result.nbytes() >= (16u << 20) && reinterpret_cast<uintptr_t>(result.const_data_ptr()) % 64 == 0;
+}
+
 // `tensor` (contiguous) in another dtype; itself where it has that dtype
 inline at::Tensor as_type(const at::Tensor& tensor, at::ScalarType type) {
   if (tensor.scalar_type() == type) return tensor;

@@ -36,8 +36,14 @@ GPTFAST_INLINE To read(const From* pointer) {
 GPTFAST_INLINE Vec load(const float* p) { return read<Vec>(p); }
 GPTFAST_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
-// bf16 is the upper half of an fp32
+// bf16 is the upper half of an fp32. g++ 12 makes six instructions of __builtin_convertvector here, hence the intrinsics.
+#if defined(__AVX512F__)
+GPTFAST_INLINE Vec load(const bf16* p) { return (Vec)((Bits)_mm512_cvtepu16_epi32(read<__m256i>(p)) << 16); }
+#elif defined(__AVX2__)
+GPTFAST_INLINE Vec load(const bf16* p) { return (Vec)((Bits)_mm256_cvtepu16_epi32(read<__m128i>(p)) << 16); }
+#else
 GPTFAST_INLINE Vec load(const bf16* p) { return (Vec)(__builtin_convertvector(read<Half>(p), Bits) << 16); }
+#endif
 
 #if defined(__AVX512F__)
 
@@ -168,6 +174,12 @@ GPTFAST_INLINE void store_lanes(T* p, Vec v, int n) { n == kWidth ? store(p, v) 
 template <typename T>
 GPTFAST_INLINE void stream_lanes(T* p, Vec v, int n) { n == kWidth ? stream(p, v) : store(p, v, n); }
 
+// past_caches: streams, all lanes
+template <typename T>
+GPTFAST_INLINE void store_or_stream(T* p, Vec v, int lanes, bool past_caches) {
+  past_caches ? stream(p, v) : store_lanes(p, v, lanes);
+}
+
 // f(column, lanes) over 0..columns in whole registers, then the tail
 template <typename F>
 GPTFAST_INLINE void for_columns(int64_t columns, F f) {
@@ -199,6 +211,38 @@ GPTFAST_INLINE float sum_columns(int64_t columns, F f) {
   for (; i + kWidth <= columns; i += kWidth) a += f(i, kWidth);
   if (i < columns) b += keep_first(f(i, static_cast<int>(columns - i)), static_cast<int>(columns - i));
   return sum((a + b) + (c + d));
+}
+
+// 2 kWidth values in two registers, in any order: bf16 come as the even ones and the odd ones, an operation each
+template <typename T>
+GPTFAST_INLINE void load_pair(const T* p, Vec& a, Vec& b) {
+  a = load(p);
+  b = load(p + kWidth);
+}
+GPTFAST_INLINE void load_pair(const bf16* p, Vec& a, Vec& b) {
+  const Bits both = read<Bits>(p);
+  a = (Vec)(both << 16);
+  b = (Vec)(both & 0xffff0000u);
+}
+
+// out[r] = sum of f(r, value) over the columns of kRows rows of x, where the order of the values does not matter
+template <int kRows, typename T, typename F>
+GPTFAST_INLINE void sum_rows(const T* x, int64_t columns, float* out, F f) {
+  Vec a[kRows] = {}, b[kRows] = {};
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= columns; i += 2 * kWidth) {
+    for (int r = 0; r < kRows; ++r) {
+      Vec one, other;
+      load_pair(x + r * columns + i, one, other);
+      a[r] += f(r, one);
+      b[r] += f(r, other);
+    }
+  }
+  for (; i < columns; i += kWidth) {
+    const int lanes = columns - i < kWidth ? static_cast<int>(columns - i) : kWidth;
+    for (int r = 0; r < kRows; ++r) a[r] += keep_first(f(r, load_lanes(x + r * columns + i, lanes)), lanes);
+  }
+  for (int r = 0; r < kRows; ++r) out[r] = sum(a[r] + b[r]);
 }
 
 }  // namespace

@@ -50,5 +50,42 @@ GPTFAST_INLINE Vec exp_bounded(Vec x) {
   return choose(x < set(-87.33f), set(0.0f), (Vec)((Bits)y + ((Bits)shifted << 23)));
 }
 
+// 2^x for x <= 0 to 1.1e-4 of its value, for results that are rounded to bf16: 0 below -125; some number where x is NaN.
+// The polynomial is exactly 1 at 0, so that what is subtracted makes the smallest result exactly 0.
+GPTFAST_INLINE Vec exp2_16bit(Vec x) {
+  const Vec round = set(12582912.0f), bounded = maximum(x, set(-125.0f));
+  const Vec shifted = bounded + round;
+  const Vec f = bounded - (shifted - round);
+  const Vec p = ((f * set(0x1.c2a216p-5f) + set(0x1.f00c4cp-3f)) * f + set(0x1.62f5fap-1f)) * f + set(1.0f);
+  return (Vec)((Bits)p + ((Bits)shifted << 23)) - set(0x1p-125f);
+}
+
+// 1 / x to 4e-4 of its value, for results that are rounded to bf16
+GPTFAST_INLINE Vec reciprocal_16bit(Vec x) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_rcp14_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_rcp_ps((__m256)x);
+#else
+  return set(1.0f) / x;
+#endif
+}
+
+// The upper tail of the normal distribution without its exponential: erfc(a / sqrt(2)) / 2 = exp(-a^2 / 2) * normal_tail(a) for
+// a >= 0, to 3.7e-7 of its value up to a = 13.5, where the exponential ends. Polynomial in t = 1 / (1 + 0.3 a) (Lawson's fit).
+template <bool k16Bit>
+GPTFAST_INLINE Vec normal_tail(Vec a) {
+  const Vec scaled = a * set(0.3f) + set(1.0f);
+  const Vec t = k16Bit ? reciprocal_16bit(scaled) : set(1.0f) / scaled;
+  Vec p = t * set(0x1.3a08f0p-5f) + set(-0x1.5a03a8p-3f);
+  p = p * t + set(0x1.d363eap-3f);
+  p = p * t + set(-0x1.374c0cp-4f);
+  p = p * t + set(0x1.233226p-3f);
+  p = p * t + set(0x1.846f68p-4f);
+  p = p * t + set(0x1.f33aa6p-4f);
+  p = p * t + set(0x1.e9718ep-4f);
+  return p * t + set(0x1.cbe922p-18f);
+}
+
 }  // namespace
 }  // namespace gptfast::cpu::GPTFAST_ISA

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 import gptfast.backend as backend
 from gptfast.errors import Error
 from gptfast.ops._common import limit_dtypes, requires_grad, rows
+from gptfast.ops.layer_norm import alike
 from gptfast.ops.layer_norm import eager as eager_layer_norm
 
 limit_dtypes("add_layer_norm")
@@ -31,6 +32,23 @@ def eager(
     """The definition: an addition and layer_norm's eager, differentiated by plain autograd. -> total, y, both [..., C]."""
     total = residual + x
     return total, eager_layer_norm(total, weight, bias, eps)
+
+
+if backend.has_schema("add_layer_norm"):
+
+    @torch.library.register_fake("gptfast::add_layer_norm")  # type: ignore[untyped-decorator]
+    def _(
+        residual: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        statistics = x.new_empty(x.shape[0], dtype=torch.float32)
+        return torch.empty_like(x), torch.empty_like(x), statistics, torch.empty_like(statistics)
+
+    @torch.library.register_fake("gptfast::add_layer_norm_backward")  # type: ignore[untyped-decorator]
+    def _(
+        dtotal: Tensor | None, dy: Tensor, total: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dweight = total.new_empty(total.shape[1], dtype=torch.float32 if weight is None else weight.dtype)
+        return torch.empty_like(total), dweight, torch.empty_like(dweight)
 
 
 class _Fast(torch.autograd.Function):
@@ -76,6 +94,7 @@ def add_layer_norm(
     name = backend.choose("add_layer_norm", residual, x, weight, bias, needs_grad=needs_grad)
     if name == "eager":
         return eager(residual, x, weight, bias, eps)
+    weight, bias = alike(x, weight, bias)
     if needs_grad:
         total, y = _Fast.apply(name, rows(residual), rows(x), weight, bias, eps)
     else:

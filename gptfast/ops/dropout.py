@@ -29,6 +29,17 @@ def eager(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return torch.where(words >= math.ceil(p * 2.0**32), x / ((1 - p) or 1), 0)  # p = 1 keeps nothing and divides by nothing
 
 
+if backend.has_schema("dropout"):
+
+    @torch.library.register_fake("gptfast::dropout")  # type: ignore[untyped-decorator]
+    def _(x: Tensor, p: float, seed: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    @torch.library.register_fake("gptfast::dropout_backward")  # type: ignore[untyped-decorator]
+    def _(dy: Tensor, p: float, seed: Tensor) -> Tensor:
+        return torch.empty_like(dy)
+
+
 class _Fast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, name: str, x: Tensor, p: float, seed: Tensor) -> Tensor:

@@ -26,6 +26,18 @@ def eager(ids: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
     return F.embedding(ids, wte) + F.embedding(positions, wpe)
 
 
+if backend.has_schema("embedding"):
+
+    @torch.library.register_fake("gptfast::embedding")  # type: ignore[untyped-decorator]
+    def _(ids: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
+        return wte.new_empty(*ids.shape, wte.shape[1])
+
+    @torch.library.register_fake("gptfast::embedding_backward")  # type: ignore[untyped-decorator]
+    def _(dy: Tensor, ids: Tensor, positions: Tensor, vocab: int, context: int) -> tuple[Tensor, Tensor]:
+        columns = dy.shape[2]
+        return dy.new_empty(vocab, columns, dtype=torch.float32), dy.new_empty(context, columns, dtype=torch.float32)
+
+
 class _Fast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, name: str, ids: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:

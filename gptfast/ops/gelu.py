@@ -28,6 +28,18 @@ def eager(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> T
     return F.gelu(x if bias is None else x + bias, approximate=approximate).to(x.dtype)
 
 
+if backend.has_schema("gelu"):
+
+    @torch.library.register_fake("gptfast::gelu")  # type: ignore[untyped-decorator]
+    def _(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+        return torch.empty_like(x)
+
+    @torch.library.register_fake("gptfast::gelu_backward")  # type: ignore[untyped-decorator]
+    def _(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor]:
+        dbias = x.new_empty(0, dtype=torch.float32) if bias is None else torch.empty_like(bias)
+        return torch.empty_like(x), dbias
+
+
 class _Fast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, name: str, x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
@@ -56,6 +68,8 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Te
     name = backend.choose("gelu", x, bias, needs_grad=needs_grad)
     if name == "eager":
         return eager(x, bias, approximate)
+    if bias is not None:  # kernels take x's dtype or fp32, without gaps
+        bias = (bias if bias.dtype in (x.dtype, torch.float32) else bias.float()).contiguous()
     if needs_grad:
         y = _Fast.apply(name, rows(x), bias, approximate)
     else:

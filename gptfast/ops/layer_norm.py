@@ -70,8 +70,9 @@ class _Fast(torch.autograd.Function):
         return None, dx, None if weight is None else dweight, None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype), None
 
 
-def _alike(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """weight and bias in one dtype, x's or fp32, which is what kernels take."""
+def alike(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """weight and bias contiguous and in one dtype, x's or fp32, which is what kernels take."""
+    weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
     dtypes = {p.dtype for p in (weight, bias) if p is not None}
     if len(dtypes) < 2 and dtypes <= {x.dtype, torch.float32}:
         return weight, bias
@@ -93,7 +94,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     name = backend.choose("layer_norm", x, weight, bias, needs_grad=needs_grad)
     if name == "eager":
         return eager(x, weight, bias, eps)
-    weight, bias = _alike(x, *(None if p is None else p.contiguous() for p in (weight, bias)))
+    weight, bias = alike(x, weight, bias)
     if needs_grad:
         y = _Fast.apply(name, rows(x), weight, bias, eps)
     else:

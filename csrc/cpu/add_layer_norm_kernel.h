@@ -1,0 +1,61 @@
+// add_layer_norm on rows in memory: the sum of two rows, rounded and written, then layer_norm's passes over it while it is in the
+// first-level cache: 4 elements a value move, which is what limits it. Its backward is layer_norm's, with dtotal added.
+#pragma once
+
+#include "cpu/isa.h"
+#include "cpu/layer_norm_kernel.h"
+#include "cpu/vec_types.h"
+
+namespace gptfast::cpu {
+
+struct AddLayerNorm {
+  LayerNorm norm;        // of total: norm.x is what is added to the residual
+  const void* residual;  // [N, C]
+  void* total;           // [N, C]
+};
+
+}  // namespace gptfast::cpu
+
+GPTFAST_PER_ISA(void add_layer_norm_forward(const AddLayerNorm& args, int64_t first_row, int64_t end_row))
+
+#ifdef GPTFAST_ISA
+
+#include "cpu/vec.h"
+
+namespace gptfast::cpu::GPTFAST_ISA {
+namespace {
+
+template <typename T, int kRows>
+GPTFAST_INLINE void add_group(const AddLayerNorm& args, int64_t row) {
+  const int64_t columns = args.norm.columns, start = row * columns;
+  const T *residual = static_cast<const T*>(args.residual) + start, *x = static_cast<const T*>(args.norm.x) + start;
+  T* total = static_cast<T*>(args.total) + start;
+  for_columns(kRows * columns, [&](int64_t i, int lanes) {
+    store_lanes(total + i, load_lanes(residual + i, lanes) + load_lanes(x + i, lanes), lanes);
+  });
+  float sums[kRows];
+  sum_rows<kRows>(total, columns, sums, [](int, Vec value) { return value; });
+  normalise_rows<kRows>(args.norm, row, total, sums);
+}
+
+template <typename T>
+void add_rows(const AddLayerNorm& args, int64_t first_row, int64_t end_row) {
+  int64_t row = first_row;
+  for (; row + kGroup <= end_row; row += kGroup) add_group<T, kGroup>(args, row);
+  for (; row < end_row; ++row) add_group<T, 1>(args, row);
+  if (args.norm.stream) finish_streams();
+}
+
+}  // namespace
+
+void add_layer_norm_forward(const AddLayerNorm& args, int64_t first_row, int64_t end_row) {
+  switch (args.norm.type) {
+    case Type::fp32: return add_rows<float>(args, first_row, end_row);
+    case Type::bf16: return add_rows<bf16>(args, first_row, end_row);
+    case Type::fp16: return add_rows<fp16>(args, first_row, end_row);
+  }
+}
+
+}  // namespace gptfast::cpu::GPTFAST_ISA
+
+#endif
