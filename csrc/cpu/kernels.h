@@ -3,6 +3,8 @@
 
 #include "cpu/adamw__kernel.h"
 #include "cpu/add_layer_norm_kernel.h"
+#include "cpu/attention_backward_kernel.h"
+#include "cpu/attention_kernel.h"
 #include "cpu/convert_kernel.h"
 #include "cpu/cross_entropy_kernel.h"
 #include "cpu/dropout_kernel.h"
