@@ -32,7 +32,8 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": [f"-mavx512{x}" for x in ("f", "bw", "dq", "vl", "vnni", "bf16")] + ["-mfma", "-mf16c", "-mprefer-vector-width=512"],
 }
-ISA_FLAGS["avx512"].append("-Wno-maybe-uninitialized")  # g++ 12 finds it in its own intrinsics headers
+ISA_FLAGS["avx512"] += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # g++ 12 finds both in its own intrinsics headers
+EXACT_FLAGS = ["-ffp-contract=off"]  # exact_<isa>.cpp: results whose bits are prescribed
 ARCHITECTURES = "8.0+PTX 9.0a 10.0"  # the PTX is for GPUs that none of the three names
 
 
@@ -195,9 +196,12 @@ class Build(build_ext):
         sources = [ROOT / "csrc/ops.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
         objects = []
         for source in sources:
-            isa = source.stem.removeprefix("kernels_")
-            # kernel units see no torch header: a weak symbol compiled for AVX-512 could replace the whole library's
-            objects.append(ninja.cxx(source, [f"-I{ROOT / 'csrc'}", *ISA_FLAGS[isa]] if isa in ISA_FLAGS else define, "cpu"))
+            kind, _, isa = source.stem.rpartition("_")
+            flags = define
+            if kind in ("kernels", "exact"):
+                # they see no torch header: a weak symbol compiled for AVX-512 could replace the whole library's
+                flags = [f"-I{ROOT / 'csrc'}", *ISA_FLAGS[isa], *(EXACT_FLAGS if kind == "exact" else [])]
+            objects.append(ninja.cxx(source, flags, "cpu"))
         ninja.link(self.target("_C"), objects, [])
         return list(ISA_FLAGS)
 

@@ -19,6 +19,7 @@ from gptfast import testing
 ROOT = Path(__file__).parent.parent
 OBJECTS = ROOT / "build" / f"ninja-{sysconfig.get_python_version()}" / "cpu"
 ISAS = ("plain", "avx2", "avx512")
+UNITS = {"kernels": "layer_norm_forward", "exact": "sample_rows"}  # kind of kernel unit -> a function that it defines
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +38,13 @@ def symbols(path: Path) -> list[tuple[str, str]]:
     return [(match[1], match[2]) for line in listing.splitlines() if (match := re.match(r"[0-9a-f ]{16} (\w) (.+)", line))]
 
 
+@pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("isa", ISAS)
-def test_a_kernel_unit_defines_nothing_outside_its_namespace(objects: Path, isa: str) -> None:
+def test_a_kernel_unit_defines_nothing_outside_its_namespace(objects: Path, isa: str, unit: str) -> None:
     """A weak symbol compiled for AVX-512 could be the one the linker keeps for everybody: SIGILL on an older CPU."""
-    found = symbols(objects / f"kernels_{isa}.o")
+    found = symbols(objects / f"{unit}_{isa}.o")
     defined = [name for kind, name in found if kind not in "Uvw"]
-    assert any("layer_norm_forward" in name for name in defined)
+    assert any(UNITS[unit] in name for name in defined)
     assert all(name.startswith(f"gptfast::cpu::{isa}::") for name in defined), defined
     assert not [name for kind, name in found if kind in "VWu"], "weak symbols"
     assert not [name for kind, name in found if kind == "U" and re.match(r"(at|c10|torch|std)::", name)]
@@ -65,23 +67,31 @@ def instructions(path: Path) -> str:
     return subprocess.run(["objdump", "-d", "--no-show-raw-insn", path], capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("isa", ISAS)
-def test_a_kernel_unit_uses_its_instructions_only(objects: Path, isa: str) -> None:
-    text = instructions(objects / f"kernels_{isa}.o")
+def test_a_kernel_unit_uses_its_instructions_only(objects: Path, isa: str, unit: str) -> None:
+    text = instructions(objects / f"{unit}_{isa}.o")
     assert bool(re.search(r"%ymm", text)) == (isa != "plain")
     assert bool(re.search(r"%zmm", text)) == (isa == "avx512")
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_an_exact_unit_rounds_every_step(objects: Path, isa: str) -> None:
+    """Products and sums that became one FMA would have other bits on another instruction set."""
+    assert not re.search(r"\bvf[n]?m(add|sub)", instructions(objects / f"exact_{isa}.o"))
+
+
 def test_other_units_use_the_baseline(objects: Path) -> None:
     for path in objects.glob("*.o"):
-        if not path.stem.startswith("kernels_"):
+        if path.stem.rpartition("_")[0] not in UNITS:
             assert not re.search(r"%[yz]mm", instructions(path)), path.name
 
 
 def test_kernel_headers_see_no_torch_and_no_library() -> None:
     allowed = re.compile(r'#include ("cpu/.*"|"philox.h"|<stdint\.h>|<immintrin\.h>)')
     folder = ROOT / "csrc/cpu"
-    for header in [*folder.glob("*_kernel.h"), *folder.glob("*vec*.h"), folder / "kernels.h"]:
+    shared = ("kernels.h", "exact.h", "paged.h", "sample_row.h", "sample_filters.h", "sample_draw.h")
+    for header in [*folder.glob("*_kernel.h"), *folder.glob("*vec*.h"), *(folder / name for name in shared)]:
         includes = re.findall(r"^#include.*", header.read_text(), re.MULTILINE)
         assert all(allowed.match(line) for line in includes), header.name
 

@@ -111,6 +111,11 @@ def check_cache(op: str, x: Tensor, k_cache: Tensor, v_cache: Tensor, block_tabl
             raise Error(f"{op}: {label} is {kind} of shape {tuple(count.shape)}; needed is int32 [{x.shape[0]}]")
 
 
+def dense_pages(cache: Tensor) -> bool:
+    """Whether each page [H, 64, D] of a cache is contiguous, which is what kernels take; pages may be any distance apart."""
+    return cache.shape[0] == 0 or cache[0].is_contiguous()
+
+
 def check_noise(op: str, p: float, seed: Tensor | None) -> None:
     """Raises gptfast.Error where p is no probability, or where it is above 0 and there is no int64 seed [1]."""
     if not 0 <= p <= 1:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import gptfast.backend as backend
 from gptfast.errors import Error
-from gptfast.ops._common import check_cache, limit_dtypes, on_host
+from gptfast.ops._common import check_cache, dense_pages, limit_dtypes, on_host
 
 PAGE = 64
 
@@ -27,7 +27,16 @@ _dtypes = limit_dtypes("cache_append_")
 def _limits(name: str, inputs: tuple[Any, ...], needs_grad: bool) -> str | None:
     if inputs[0].dtype == torch.float16:
         return "a float16 cache; kernels take float32, bfloat16"
+    if not (dense_pages(inputs[0]) and dense_pages(inputs[1])):
+        return "pages that are not contiguous; kernels take [H, 64, D] in one piece"
     return _dtypes(name, inputs, needs_grad)
+
+
+if backend.has_schema("cache_append_"):
+
+    @torch.library.register_fake("gptfast::cache_append_")  # type: ignore[untyped-decorator]
+    def _(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, block_table: Tensor, start: Tensor) -> None:
+        return None
 
 
 def eager(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, block_table: Tensor, start: Tensor) -> None:

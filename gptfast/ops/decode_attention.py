@@ -20,7 +20,7 @@ from torch import Tensor
 import gptfast.backend as backend
 from gptfast.errors import Error
 from gptfast.ops import _attend
-from gptfast.ops._common import autocast, check_cache, limit_dtypes, on_host, requires_grad
+from gptfast.ops._common import autocast, check_cache, dense_pages, limit_dtypes, on_host, requires_grad
 
 PAGE = 64
 
@@ -33,7 +33,16 @@ def _limits(name: str, inputs: tuple[Any, ...], needs_grad: bool) -> str | None:
         return "it has no backward"
     if inputs[1].dtype == torch.float16:
         return "a float16 cache; kernels take float32, bfloat16"
+    if not (dense_pages(inputs[1]) and dense_pages(inputs[2])):
+        return "pages that are not contiguous; kernels take [H, 64, D] in one piece"
     return _dtypes(name, inputs, needs_grad)
+
+
+if backend.has_schema("decode_attention"):
+
+    @torch.library.register_fake("gptfast::decode_attention")  # type: ignore[untyped-decorator]
+    def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor, scale: float) -> Tensor:
+        return torch.empty_like(q)
 
 
 def _gather(cache: Tensor, table: Tensor) -> Tensor:

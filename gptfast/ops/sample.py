@@ -229,6 +229,20 @@ def eager(
     return Sampled(torch.where(good, token, -1), status, logprob, top_ids, top_logprobs)
 
 
+if backend.has_schema("sample"):
+
+    @torch.library.register_fake("gptfast::sample")  # type: ignore[untyped-decorator]
+    def _(
+        logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None,
+        typical_p: Tensor | None, repetition: Tensor | None, frequency: Tensor | None, presence: Tensor | None, bias: Tensor | None,
+        mask: Tensor | None, prompt: Tensor | None, counts: Tensor | None, seed: Tensor, position: Tensor, choice: Tensor, top_n: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        rows = logits.shape[0]
+        token, top_ids = (logits.new_empty(shape, dtype=torch.int64) for shape in ((rows,), (rows, top_n)))
+        logprob, top_logprobs = (logits.new_empty(shape, dtype=torch.float32) for shape in ((rows,), (rows, top_n)))
+        return token, logits.new_empty(rows, dtype=torch.int8), logprob, top_ids, top_logprobs
+
+
 @backend.limits("sample")
 def _limits(name: str, inputs: tuple[Any, ...], needs_grad: bool) -> str | None:
     _, order, logprobs_mode = inputs
@@ -295,7 +309,29 @@ def sample(
     name = backend.choose("sample", logits, order, logprobs_mode)
     if name == "eager":
         return eager(*arguments, order=order, logprobs_mode=logprobs_mode)
-    return Sampled(*backend.impl("sample", name).forward(*arguments))
+    return _kernel(name, arguments)
+
+
+def _kernel(name: str, arguments: tuple[Any, ...]) -> Sampled:
+    """A kernel takes rows that are contiguous, numbers that are fp32 and int64, counts and bits that are int32."""
+    logits, temperature, *more, bias, mask, prompt, counts, seed, position, choice, top_n = arguments
+    top_k, *numbers = more
+    floats = [None if t is None else t.to(torch.float32).contiguous() for t in (temperature, *numbers)]
+    words = [None if t is None else t.contiguous() for t in (mask, prompt)]
+    keys = [t.to(torch.int64).contiguous() for t in (seed, position, choice)]
+    k = None if top_k is None else top_k.to(torch.int64).contiguous()
+    bias = None if bias is None else _rows(bias.to(torch.float32))
+    counted = None if counts is None else _rows(counts.to(torch.int32))
+    forward = backend.impl("sample", name).forward
+    sampled = Sampled(*forward(_rows(logits), floats[0], k, *floats[1:], bias, *words, counted, *keys, top_n))
+    if counts is not None and counted is not counts:
+        counts.copy_(counted)
+    return sampled
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [B, V] itself where its rows are contiguous and apart, else a copy."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
 def _check_shape(label: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
