@@ -131,9 +131,8 @@ def parts(targets, vocab, ignore_index=-100):
     def split(gradient):
         hit = torch.arange(vocab, device=gradient.device) == targets[:, None]
         real = gradient[counted, :vocab]
-        return {
-            "target": real[hit[counted]], "others": real[~hit[counted]], "padding": gradient[:, vocab:], "ignored": gradient[~counted],
-        }  # fmt: skip
+        rest = {"padding": gradient[:, vocab:], "ignored": gradient[~counted]}
+        return {"target": real[hit[counted]], "others": real[~hit[counted]], **rest}
 
     return split
 
@@ -143,7 +142,8 @@ def sample(rows, columns, dtype, device="cpu", vocab=None, layout="contiguous", 
     targets = torch.randint(0, size, (rows,), dtype=kind, device=device)
     targets[1::5] = -100
     logits = arrange(random(rows, columns, dtype=dtype, device=device, scale=3.0), layout)
-    return {"logits": logits, "targets": targets, "ignore_index": -100, "vocab": size, "scale": torch.full((1,), scale, device=device)}
+    factor = torch.full((1,), scale, device=device)
+    return {"logits": logits, "targets": targets, "ignore_index": -100, "vocab": size, "scale": factor}
 
 
 def check(inputs, target):
@@ -203,7 +203,8 @@ def test_the_front_door(target: Target):
     weight = random(5, 13, device=target.device)
 
     def front(x, targets, op):
-        return op(x.to(torch.promote_types(x.dtype, torch.float32)) @ weight.to(torch.promote_types(x.dtype, torch.float32)), targets)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return op(x.to(wide) @ weight.to(wide), targets)
 
     check_op(
         "cross_entropy_", lambda **a: front(**a, op=lambda y, t: ops.cross_entropy_(y, t, vocab=9, reduction="mean")),
@@ -270,10 +271,9 @@ def test_fp32_logits_with_a_gradient_elsewhere(head, code, with_lse):
     gradient, factor = torch.full((rows, 1055), 7.0, dtype=dtype), torch.randn(rows)
     loss, lse, scratch, before = torch.full((rows,), 7.0), torch.full((rows,), 7.0), torch.empty(vocab + 48), wide.clone()
     pointer = [ctypes.c_void_p(t.data_ptr()) for t in (wide, gradient, targets, factor, loss, lse, scratch)]
-    head(
-        code, pointer[0], ctypes.c_long(1060), pointer[1], ctypes.c_long(1055), pointer[2], ctypes.c_long(rows), ctypes.c_long(vocab),
-        ctypes.c_long(columns), pointer[3], pointer[4], pointer[5] if with_lse else None, pointer[6],
-    )  # fmt: skip
+    sizes = [ctypes.c_long(n) for n in (rows, vocab, columns)]
+    places = (pointer[0], ctypes.c_long(wide.stride(0)), pointer[1], ctypes.c_long(gradient.stride(0)))
+    head(code, *places, pointer[2], *sizes, pointer[3], pointer[4], pointer[5] if with_lse else None, pointer[6])
     assert same_bits(wide, before) and (gradient[0] == 7).all() and (gradient[:, columns:] == 7).all() and loss[0] == lse[0] == 7
     assert not gradient[1:, vocab:columns].any() and not gradient[2, :columns].any() and loss[2] == 0
     assert gradient[3, :vocab].isnan().all() and loss[3].isnan()
