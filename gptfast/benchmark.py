@@ -141,6 +141,14 @@ def inputs(make: Callable[[], T], nbytes: int, device: str = "cpu") -> list[T]:
     return [make() for _ in range(max(2, math.ceil(past_cache(device) / max(nbytes, 1))))]
 
 
+def parameter_shapes(layers: int, width: int, vocab: int, context: int) -> list[tuple[int, ...]]:
+    """The shapes of a GPT-2 model's parameters, in their order: what an optimizer's lists hold."""
+    c = width
+    norm: list[tuple[int, ...]] = [(c,), (c,)]
+    block = [*norm, (3 * c, c), (3 * c,), (c, c), (c,), *norm, (4 * c, c), (4 * c,), (c, 4 * c), (c,)]
+    return [(vocab, c), (context, c), *block * layers, *norm]
+
+
 # --------------------------------------------------------------------------------------------------------------------- ceilings
 
 

@@ -21,7 +21,9 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_cpu(const at::Tensor& logits, c
   at::Tensor loss = at::empty({rows}, fp32), lse = at::empty({rows}, fp32);
   args.loss = loss.mutable_data_ptr<float>();
   args.lse = lse.mutable_data_ptr<float>();
-  at::parallel_for(0, rows, grain(args.columns), [&](int64_t begin, int64_t end) { GPTFAST_CALL(cross_entropy_forward, args, begin, end); });
+  at::parallel_for(0, rows, grain(args.columns), [&](int64_t begin, int64_t end) {
+    GPTFAST_CALL(cross_entropy_forward, args, begin, end);
+  });
   return {loss, lse};
 }
 
