@@ -57,7 +57,8 @@ def run(model: GPT2LMHeadModel, document_ids: Tensor | None = None, dtype: torch
     "config",
     [
         {}, {"activation_function": "gelu"}, {"n_inner": 40}, {"scale_attn_by_inverse_layer_idx": True},
-        {"layer_norm_epsilon": 1e-2}, {"resid_pdrop": 0.3}, {"attn_pdrop": 0.3}, {"resid_pdrop": 0.2, "attn_pdrop": 0.2, "embd_pdrop": 0.2},
+        {"layer_norm_epsilon": 1e-2}, {"resid_pdrop": 0.3},
+        {"attn_pdrop": 0.3}, {"resid_pdrop": 0.2, "attn_pdrop": 0.2, "embd_pdrop": 0.2},
     ],
     ids=str,
 )  # fmt: skip
