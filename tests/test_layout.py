@@ -66,10 +66,10 @@ def test_an_op_has_one_name(folder: str, pattern: str) -> None:
     """A file in these folders is named after an op, or is one of the folder's shared files."""
     shared = {
         "csrc/cpu": {
-            "vec", "vec_types", "vec_math", "philox_vec", "isa", "tensor", "kernels", "convert", "partials", "kernels_plain", "kernels_avx2",
-            "kernels_avx512", "exact", "exact_plain", "exact_avx2", "exact_avx512", "exact_vec", "select_vec", "sample_row",
-            "sample_filters", "sample_draw", "paged", "paged_tensor",
-        },  # fmt: skip
+            "vec", "vec_types", "vec_math", "philox_vec", "isa", "tensor", "kernels", "convert", "partials", "kernels_plain",
+            "kernels_avx2", "kernels_avx512", "exact", "exact_plain", "exact_avx2", "exact_avx512", "exact_vec", "select_vec",
+            "sample_row", "sample_filters", "sample_draw", "paged", "paged_tensor",
+        },
         "csrc/cuda": {"ptx", "vec", "reduce", "launch", "array", "launchers", "bindings"},
     }.get(folder, set())
     for path in (ROOT / folder).glob("*"):

@@ -149,7 +149,8 @@ def test_vectors_have_the_same_bits(tmp_path, isa):
     compiler, source, output = testing.cxx(), tmp_path / "vec.cpp", tmp_path / "vec.so"
     with testing.forced_isa(isa):
         source.write_text(VEC_SOURCE)
-        flags = ["-std=c++20", "-O3", "-ffp-contract=off", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", *(f"-m{name}" for name in names[isa])]
+        flags = ["-std=c++20", "-O3", "-ffp-contract=off", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
+        flags += [f"-m{name}" for name in names[isa]]
         subprocess.run([*compiler, *flags, str(source), "-o", str(output)], check=True, capture_output=True, text=True)
         library = ctypes.CDLL(str(output))
         library.total.restype = ctypes.c_int64

@@ -3,9 +3,9 @@
     pytest bench/ops/bench_decode_attention.py -k "decode-896 and float32"
     pytest bench/ops/bench_decode_attention.py --benchmark-json=FILE         as JSON; rates and fractions are in extra_info
 
-Decode is bound by reading the cache: bytes of the keys and values in use, against the read bandwidth of the same run. Prefill counts
-4 D FLOPs for each pair of a query and a key that it sees, against the GEMM rate. Peers: `sdpa` is torch's attention on keys and values
-that already lie in one piece, which a paged cache does not give it; `eager` gathers the pages first.
+Decode is bound by reading the cache: bytes of the keys and values in use, against the read bandwidth of the same run. Prefill
+counts 4 D FLOPs for each pair of a query and a key that it sees, against the GEMM rate. Peers: `sdpa` is torch's attention on keys
+and values that already lie in one piece, which a paged cache does not give it; `eager` gathers the pages first.
 """
 
 from __future__ import annotations

@@ -359,7 +359,8 @@ def hard_case(seed, vocab, dtype=torch.float32):
         "bias": maybe(lambda: (torch.randn(rows, vocab) * 2).masked_fill(torch.rand(rows, vocab) < 0.1, -INF)),
         "mask": maybe(bits(pick(0.5, 0.95, 0.02))), "prompt": maybe(bits(0.3)),
         "counts": maybe(lambda: (torch.rand(rows, vocab) < 0.1).int() * 2),
-        "seed": whole(-(2**63), 2**63), "position": whole(0, 2048), "choice": whole(0, 4), "top_n": min(vocab, pick(0, 1, 5, 20, 513)),
+        "seed": whole(-(2**63), 2**63), "position": whole(0, 2048), "choice": whole(0, 4),
+        "top_n": min(vocab, pick(0, 1, 5, 20, 513)),
     }  # fmt: skip
 
 
@@ -399,8 +400,9 @@ def test_a_real_vocabulary_is_exact(target: Target, seed):
     testing.record("sample", target.proof, target.precision, "forward")
 
 
-@pytest.mark.parametrize("filters", [{}, {"top_k": 50}, {"top_p": 0.95}, {"top_k": 50, "top_p": 0.95}, {"min_p": 0.02}, {"typical_p": 0.9}],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "filters", [{}, {"top_k": 50}, {"top_p": 0.95}, {"top_k": 50, "top_p": 0.95}, {"min_p": 0.02}, {"typical_p": 0.9}], ids=str
+)
 def test_each_filter_at_a_real_vocabulary(target: Target, filters):
     """Several draws of one row, so that the noise matters, at scales that keep few ids and nearly all."""
     for scale in (0.3, 2.0):
@@ -429,10 +431,11 @@ def test_log_probabilities_of_every_id(target: Target, vocab):
 def test_layouts_of_everything(target: Target):
     """Padded, strided and expanded logits; bias and counts that are parts of wider tensors; other integer dtypes."""
     wide, bias = (torch.randn(4, 160) * 3).to(target.dtype), torch.randn(1, 100).expand(4, 100)
-    case = {**hard_case(5, 100)[1], "bias": bias, "mask": None, "prompt": pack_bits(torch.rand(4, 100) < 0.3), "temperature": torch.ones(()).expand(4),
-            "top_k": torch.tensor([0, 3, 50, 99]).int(), "repetition": torch.full((4,), 1.2), "top_n": 3}  # fmt: skip
-    case |= {name: None for name in ("min_p", "typical_p", "top_p", "frequency")} | {"presence": torch.tensor([0.5]).expand(4)}
-    case |= {name: torch.arange(4) for name in ("seed", "position", "choice")}
+    case = {
+        "temperature": torch.ones(()).expand(4), "top_k": torch.tensor([0, 3, 50, 99]).int(), "repetition": torch.full((4,), 1.2),
+        "presence": torch.tensor([0.5]).expand(4), "bias": bias, "prompt": pack_bits(torch.rand(4, 100) < 0.3), "top_n": 3,
+        "seed": torch.arange(4), "position": torch.arange(4), "choice": torch.arange(4),
+    }  # fmt: skip
     for logits in (wide[:, :100], wide[:, 7:107], wide.t().contiguous().t()[:, :100], wide[:1, :100].expand(4, 100)):
         for dtype in (torch.int32, torch.int64):
             results = []
@@ -479,8 +482,9 @@ def test_many_equal_values_and_wide_ranges_are_selected(target: Target):
 def leaf_arguments(rows, vocab, dtype=torch.float32, top_n=2):
     f, n = (lambda v: torch.full((rows,), v)), (lambda v: torch.full((rows,), v, dtype=torch.int64))
     bits = pack_bits(torch.rand(rows, vocab) < 0.9)
-    return [torch.randn(rows, vocab).to(dtype), f(0.9), n(5), f(0.9), f(0.01), f(0.9), f(1.1), f(0.1), f(0.1), torch.randn(rows, vocab), bits,
-            bits, torch.zeros(rows, vocab, dtype=torch.int32), n(1), n(2), n(0), top_n]  # fmt: skip
+    numbers = [f(0.9), n(5), f(0.9), f(0.01), f(0.9), f(1.1), f(0.1), f(0.1)]
+    tables = [torch.randn(rows, vocab), bits, bits, torch.zeros(rows, vocab, dtype=torch.int32)]
+    return [torch.randn(rows, vocab).to(dtype), *numbers, *tables, n(1), n(2), n(0), top_n]
 
 
 def test_opcheck():
@@ -498,11 +502,13 @@ def test_opcheck():
     [
         (0, torch.zeros(3), "dimensions, needs 2"), (0, torch.zeros(3, 70).double(), "allowed: fp32, bf16, fp16"),
         (0, torch.zeros(3, 140)[:, ::2], "rows that are not contiguous"), (0, torch.zeros(3, 0), "has 0 columns"),
-        (1, torch.zeros(3).double(), "temperature is Double"), (2, torch.zeros(3).int(), "top_k is Int"), (3, torch.zeros(2), "top_p has shape"),
+        (1, torch.zeros(3).double(), "temperature is Double"), (2, torch.zeros(3).int(), "top_k is Int"),
+        (3, torch.zeros(2), "top_p has shape"),
         (9, torch.zeros(3, 70).half(), "bias is Half"), (9, torch.zeros(3, 71), "bias has shape"),
         (10, torch.zeros(3, 2, dtype=torch.int32), "mask has shape"), (11, torch.zeros(3, 3), "prompt is Float"),
         (12, torch.zeros(3, 70), "counts is Float"), (12, torch.zeros(2, 70, dtype=torch.int32), "counts has shape"),
-        (13, torch.zeros(3), "seed is Float"), (14, torch.zeros(6, dtype=torch.int64)[::2], "position is not contiguous"), (16, 71, "top_n is 71"),
+        (13, torch.zeros(3), "seed is Float"), (14, torch.zeros(6, dtype=torch.int64)[::2], "position is not contiguous"),
+        (16, 71, "top_n is 71"),
     ],
 )  # fmt: skip
 def test_leaf_checks_its_contract(place, value, message):
