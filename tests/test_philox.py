@@ -110,6 +110,65 @@ def pointer(array):
     return array.ctypes.data_as(ctypes.c_void_p)
 
 
+VEC_SOURCE = """
+#define GPTFAST_ISA tested
+#include "cpu/exact_vec.h"
+using namespace gptfast::cpu::tested;
+extern "C" void noise(uint64_t seed, uint32_t position, uint32_t choice, int n, float* g, float* e, float* l, int64_t* w) {
+  for (int i = 0; i < n; i += kWidth) {
+    const Vec noise = exact_gumbel(seed, (Bits)(lane_numbers() + i), position, choice);
+    const Vec exponential = exact_exp(noise - set(24.0f));
+    store(g + i, noise);
+    store(e + i, exponential);
+    store(l + i, exact_log(exponential));
+    for (int lane = 0; lane < kWidth; ++lane) {
+      Mass mass;
+      mass.add((Vec)((Bits)exponential & (Bits)(lane_numbers() == lane)));
+      mass.flush();
+      w[i + lane] = mass.total;
+    }
+  }
+}
+extern "C" void gumbel_of(int n, const uint32_t* r, float* g) {
+  for (int i = 0; i < n; i += kWidth) store(g + i, exact_gumbel(read<Bits>(r + i)));
+}
+extern "C" int64_t total(int n, const float* e) {
+  Mass mass;
+  for (int i = 0; i < n; i += kWidth) mass.add(load(e + i));
+  mass.flush();
+  return mass.total;
+}
+"""
+
+
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
+def test_vectors_have_the_same_bits(tmp_path, isa):
+    """csrc/cpu/exact_vec.h against this package on 2^20 counters, and on the words at both ends and around the half."""
+    every = [f"avx512{name}" for name in ("f", "bw", "dq", "vl", "vnni", "bf16")]
+    names = {"plain": [], "avx2": ["avx2", "fma", "f16c"], "avx512": [*every, "fma", "f16c"]}
+    compiler, source, output = testing.cxx(), tmp_path / "vec.cpp", tmp_path / "vec.so"
+    with testing.forced_isa(isa):
+        source.write_text(VEC_SOURCE)
+        flags = ["-std=c++20", "-O3", "-ffp-contract=off", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
+        flags += [f"-m{name}" for name in names[isa]]
+        subprocess.run([*compiler, *flags, str(source), "-o", str(output)], check=True, capture_output=True, text=True)
+        library = ctypes.CDLL(str(output))
+        library.total.restype = ctypes.c_int64
+        seed, position, choice = -5, 2**31 + 1, 3
+        g, e, logs, w = (np.zeros(COUNT, kind) for kind in (np.float32, np.float32, np.float32, np.int64))
+        library.noise(ctypes.c_uint64(seed % 2**64), ctypes.c_uint32(position), choice, COUNT, *map(pointer, (g, e, logs, w)))
+        right = philox.gumbel_of(philox.row_words(seed, COUNT, position, choice, philox.PURPOSE_SAMPLING))
+        exponential, mass = philox.exp(right - 24.0), philox.mass(right - 24.0)
+        for found, wanted in ((g, right), (e, exponential), (logs, philox.log(exponential))):
+            assert torch.equal(torch.from_numpy(found).view(torch.int32), wanted.view(torch.int32))
+        assert torch.equal(torch.from_numpy(w), mass)
+        assert library.total(COUNT, pointer(e)) == int(mass.sum())
+        ends = torch.cat([torch.arange(4096), 2**31 + torch.arange(-4096, 4096), 2**32 + torch.arange(-4096, 0)])
+        words, found = ends.numpy().astype(np.uint32), np.zeros(len(ends), np.float32)
+        library.gumbel_of(len(ends), pointer(words), pointer(found))
+        assert torch.equal(torch.from_numpy(found).view(torch.int32), philox.gumbel_of(ends).view(torch.int32))
+
+
 @pytest.mark.parametrize("flags", [["-O2"], ["-O3", "-march=native"]], ids=["baseline", "native"])
 def test_cpp_has_the_same_bits(tmp_path, flags):
     library = compile_library(tmp_path, flags)

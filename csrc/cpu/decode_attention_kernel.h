@@ -204,12 +204,23 @@ void page_step(const DecodeAttention& args, Block& block, const K* keys, const K
 }
 
 template <typename K>
+GPTFAST_INLINE void prefetch(const K* page, int64_t size) {
+  const char* bytes = reinterpret_cast<const char*>(page);
+  for (int64_t i = 0; i < kPage * size * static_cast<int64_t>(sizeof(K)); i += 64) __builtin_prefetch(bytes + i, 0, 2);
+}
+
+template <typename K>
 void attend(const DecodeAttention& args, int64_t row, int64_t head, Block& block, float* pages) {
   const int64_t size = args.cache.size, place = head * kPage * size, last = block.first_end + block.count - 1;
   for (int64_t first_key = 0; first_key < last; first_key += kPage) {
     const int64_t page = args.cache.page(row, first_key);
     const K* keys = static_cast<const K*>(args.cache.keys) + page * args.cache.key_stride + place;
     const K* values = static_cast<const K*>(args.cache.values) + page * args.cache.value_stride + place;
+    if (block.count < kTogether && first_key + kPage < last) {  // reading limits few queries: ask for the next page while this one is used
+      const int64_t next = args.cache.page(row, first_key + kPage);
+      prefetch(static_cast<const K*>(args.cache.keys) + next * args.cache.key_stride + place, size);
+      prefetch(static_cast<const K*>(args.cache.values) + next * args.cache.value_stride + place, size);
+    }
     if (sizeof(K) == sizeof(float) || block.count < kTogether) {
       page_step(args, block, keys, values, first_key);
       continue;

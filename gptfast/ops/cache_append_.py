@@ -27,7 +27,7 @@ _dtypes = limit_dtypes("cache_append_")
 def _limits(name: str, inputs: tuple[Any, ...], needs_grad: bool) -> str | None:
     if inputs[0].dtype == torch.float16:
         return "a float16 cache; kernels take float32, bfloat16"
-    if not (dense_pages(inputs[0]) and dense_pages(inputs[1])):
+    if not all(dense_pages(cache) for cache in inputs[:2]):
         return "pages that are not contiguous; kernels take [H, 64, D] in one piece"
     return _dtypes(name, inputs, needs_grad)
 

@@ -31,9 +31,9 @@ _dtypes = limit_dtypes("decode_attention")
 def _limits(name: str, inputs: tuple[Any, ...], needs_grad: bool) -> str | None:
     if needs_grad:
         return "it has no backward"
-    if inputs[1].dtype == torch.float16:
+    if any(cache.dtype == torch.float16 for cache in inputs[1:3]):
         return "a float16 cache; kernels take float32, bfloat16"
-    if not (dense_pages(inputs[1]) and dense_pages(inputs[2])):
+    if not all(dense_pages(cache) for cache in inputs[1:3]):
         return "pages that are not contiguous; kernels take [H, 64, D] in one piece"
     return _dtypes(name, inputs, needs_grad)
 

@@ -235,7 +235,8 @@ if backend.has_schema("sample"):
     def _(
         logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None,
         typical_p: Tensor | None, repetition: Tensor | None, frequency: Tensor | None, presence: Tensor | None, bias: Tensor | None,
-        mask: Tensor | None, prompt: Tensor | None, counts: Tensor | None, seed: Tensor, position: Tensor, choice: Tensor, top_n: int,
+        mask: Tensor | None, prompt: Tensor | None, counts: Tensor | None, seed: Tensor, position: Tensor, choice: Tensor,
+        top_n: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         rows = logits.shape[0]
         token, top_ids = (logits.new_empty(shape, dtype=torch.int64) for shape in ((rows,), (rows, top_n)))
@@ -245,7 +246,7 @@ if backend.has_schema("sample"):
 
 @backend.limits("sample")
 def _limits(name: str, inputs: tuple[Any, ...], needs_grad: bool) -> str | None:
-    _, order, logprobs_mode = inputs
+    order, logprobs_mode = inputs[1:] or ("gptfast", "raw")
     if ORDERS[order] != ORDERS["gptfast"]:
         return f"order {order} is eager's alone"
     return "processed log-probabilities are eager's alone" if logprobs_mode != "raw" else None

@@ -1,13 +1,15 @@
 """sample: each rule of generation.md against a definition written independently in float64, and every edge case."""
 
 import math
+import random
 
 import pytest
 import torch
 
-from gptfast import Error, ops, philox
+from gptfast import Error, backend, ops, philox, testing
 from gptfast.ops import sample as front_door
 from gptfast.ops.sample import filtered, pack_bits, penalised, unpack_bits
+from gptfast.testing import Target, same_bits
 
 INF, NAN = float("inf"), float("nan")
 
@@ -311,8 +313,6 @@ def test_bad_arguments(arguments, words):
 
 
 def test_forced_backend_that_has_no_kernel_yet():
-    from gptfast import backend
-
     if backend.supports("sample", "cpp") is None:
         pytest.skip("sample has a C++ kernel")
     with backend(sample="cpp"), pytest.raises(Error, match="sample"):
@@ -321,3 +321,216 @@ def test_forced_backend_that_has_no_kernel_yet():
 
 def test_the_front_door_is_exported():
     assert ops.sample is front_door
+
+
+# --------------------------------------------------------------------------------------------------------------------- the kernels
+
+ISAS = ["plain", "avx2", "avx512"]
+
+
+def hard_logits(pick, rows, vocab):
+    """Normal, coarse (many ties), wide, flat or partly excluded logits; now and then NaN, +inf and rows without a finite one."""
+    x = torch.randn(rows, vocab) * pick(0.5, 3, 8)
+    x = pick(lambda: x, lambda: (x * 2).round() / 2, lambda: x * 50, lambda: (x * 0.1).round(),
+             lambda: x.masked_fill(torch.rand(rows, vocab) < 0.3, -INF))()
+    row, column = pick(*range(rows)), pick(*range(vocab))
+    for value in (NAN, INF, -INF):
+        if pick(False, False, False, True):
+            x[row, ... if value == -INF else column] = value
+    return x
+
+
+def hard_case(seed, vocab, dtype=torch.float32):
+    """Logits and a random combination of everything that `sample` takes."""
+    generator = random.Random(seed)
+    torch.manual_seed(seed)
+    pick = lambda *values: values[generator.randrange(len(values))]  # noqa: E731
+    rows = pick(1, 2, 3, 5)
+    maybe = lambda make: make() if pick(False, True) else None  # noqa: E731
+    each = lambda *values: lambda: torch.tensor([pick(*values) for _ in range(rows)], dtype=torch.float32)  # noqa: E731
+    whole = lambda low, high: torch.tensor([generator.randrange(low, high) for _ in range(rows)])  # noqa: E731
+    bits = lambda share: lambda: pack_bits(torch.rand(rows, vocab) < share)  # noqa: E731
+    return hard_logits(pick, rows, vocab).to(dtype), {
+        "temperature": each(0.0, 1.0, 0.7, 1.5, 1e-3, 100.0)(),
+        "top_k": maybe(lambda: torch.tensor([pick(0, -1, 1, 2, 5, 50, vocab, vocab - 1, vocab // 3) for _ in range(rows)])),
+        "top_p": maybe(each(0.0, 0.1, 0.5, 0.9, 0.95, 0.999, 1.0)), "min_p": maybe(each(0.0, 0.01, 0.1, 1.0, 1e-30)),
+        "typical_p": maybe(each(0.0, 0.2, 0.5, 0.9, 0.99, 1.0)), "repetition": maybe(each(1.0, 1.3, 0.7, 0.0)),
+        "frequency": maybe(each(0.0, 0.5, -0.3)), "presence": maybe(each(0.0, 0.6, -0.2)),
+        "bias": maybe(lambda: (torch.randn(rows, vocab) * 2).masked_fill(torch.rand(rows, vocab) < 0.1, -INF)),
+        "mask": maybe(bits(pick(0.5, 0.95, 0.02))), "prompt": maybe(bits(0.3)),
+        "counts": maybe(lambda: (torch.rand(rows, vocab) < 0.1).int() * 2),
+        "seed": whole(-(2**63), 2**63), "position": whole(0, 2048), "choice": whole(0, 4),
+        "top_n": min(vocab, pick(0, 1, 5, 20, 513)),
+    }  # fmt: skip
+
+
+def sampled(name, logits, case):
+    """What a backend draws, and the counts it leaves."""
+    counts = None if case["counts"] is None else case["counts"].clone()
+    with backend(sample=name), testing.poisoned():
+        return ops.sample(logits, **{**case, "counts": counts}), counts
+
+
+def assert_same_sample(logits, case, label=""):
+    """Token, status, ids and counts equal to eager's; log-probabilities within fp32's rounding of a log-sum-exp."""
+    before = logits.clone()
+    (right, counted), (found, counts) = sampled("eager", logits, case), sampled("cpp", logits, case)
+    for field in ("token", "status", "top_ids"):
+        assert torch.equal(getattr(right, field), getattr(found, field)), (label, field)
+    for field in ("logprob", "top_logprobs"):
+        torch.testing.assert_close(getattr(found, field), getattr(right, field), rtol=1e-6, atol=4e-6, equal_nan=True)
+    assert counts is None or torch.equal(counts, counted)
+    assert same_bits(logits, before)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("part", range(4))
+def test_every_combination_is_exact(isa, part):
+    testing.requires("cpp", backend.EXTENSIONS["_C"])
+    widths = (1, 2, 3, 7, 31, 33, 64, 65, 100, 511, 512, 513, 1000, 1025, 1553, 3001)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    with testing.forced_isa(isa):
+        for seed in range(48 * part, 48 * part + 48):
+            assert_same_sample(*hard_case(seed, widths[seed % 16], dtypes[seed % 3]), (seed, isa))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_real_vocabulary_is_exact(target: Target, seed):
+    assert_same_sample(*hard_case(1000 + seed, 50257, target.dtype), seed)
+    testing.record("sample", target.proof, target.precision, "forward")
+
+
+@pytest.mark.parametrize(
+    "filters", [{}, {"top_k": 50}, {"top_p": 0.95}, {"top_k": 50, "top_p": 0.95}, {"min_p": 0.02}, {"typical_p": 0.9}], ids=str
+)
+def test_each_filter_at_a_real_vocabulary(target: Target, filters):
+    """Several draws of one row, so that the noise matters, at scales that keep few ids and nearly all."""
+    for scale in (0.3, 2.0):
+        logits = (torch.randn(1, 50257) * scale).to(target.dtype).expand(12, -1)
+        with backend("eager"):
+            right = run(logits, 0.9, position=torch.arange(12), **filters)
+        with target.force("sample"):
+            found = run(logits, 0.9, position=torch.arange(12), **filters)
+        assert torch.equal(right.token, found.token) and len(found.token.unique()) > 1
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 512, 700])
+def test_log_probabilities_of_every_id(target: Target, vocab):
+    """All of them as top_n, by the tolerance: eager in fp32 beside float64."""
+    logits = (torch.randn(3, vocab) * 4).to(target.dtype)
+    with backend("eager"):
+        own = run(logits, 0.0, top_n=vocab).top_logprobs
+    with target.force("sample"), testing.poisoned():
+        found = run(logits, 0.0, top_n=vocab)
+    exact = logits.double().log_softmax(1)
+    assert torch.equal(found.top_ids.sort(1).values, torch.arange(vocab).expand(3, -1))
+    testing.assert_close_to_reference(found.top_logprobs, own, exact.gather(1, found.top_ids), long_sum=True)
+    testing.assert_close_to_reference(found.logprob, own[:, 0], exact.amax(1), long_sum=True)
+
+
+def test_layouts_of_everything(target: Target):
+    """Padded, strided and expanded logits; bias and counts that are parts of wider tensors; other integer dtypes."""
+    wide, bias = (torch.randn(4, 160) * 3).to(target.dtype), torch.randn(1, 100).expand(4, 100)
+    case = {
+        "temperature": torch.ones(()).expand(4), "top_k": torch.tensor([0, 3, 50, 99]).int(), "repetition": torch.full((4,), 1.2),
+        "presence": torch.tensor([0.5]).expand(4), "bias": bias, "prompt": pack_bits(torch.rand(4, 100) < 0.3), "top_n": 3,
+        "seed": torch.arange(4), "position": torch.arange(4), "choice": torch.arange(4),
+    }  # fmt: skip
+    for logits in (wide[:, :100], wide[:, 7:107], wide.t().contiguous().t()[:, :100], wide[:1, :100].expand(4, 100)):
+        for dtype in (torch.int32, torch.int64):
+            results = []
+            for name in ("eager", "cpp"):
+                counts = torch.ones(4, 200, dtype=dtype)
+                part = counts[:, ::2] if dtype == torch.int64 else counts[:, 50:150]
+                with backend(sample=name):
+                    drawn = ops.sample(logits, **{**case, "counts": part})
+                results.append((drawn.token, drawn.top_ids, counts))
+            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+            assert int(results[1][2].sum()) == 804
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_one_thread_and_two_give_the_same_bits(isa):
+    results, threads = [], torch.get_num_threads()
+    case = hard_case(3, 3001)[1] | {"counts": None, "top_n": 4}
+    logits = torch.randn(case["seed"].shape[0], 3001)
+    with testing.forced_isa(isa):
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                results.append(sampled("cpp", logits, case)[0])
+        finally:
+            torch.set_num_threads(threads)
+    assert all(same_bits(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_many_equal_values_and_wide_ranges_are_selected(target: Target):
+    """What a search by halves may trip over: all equal, two values, numbers of every exponent, neighbours in the last bit."""
+    spread = torch.cat((-(2.0 ** torch.arange(-20, 60).float()), torch.zeros(3)))
+    close = (torch.full((700,), -1.0).view(torch.int32) + torch.arange(700, dtype=torch.int32) % 50).view(torch.float32)
+    for values in (torch.zeros(600), torch.arange(600).float() % 2, spread, close):
+        logits = values.to(target.dtype).expand(3, -1).contiguous()
+        logits = logits.masked_fill(logits.isinf(), -6e4)
+        for filters in ({"top_k": 7}, {"top_k": 40}, {"top_p": 0.3}, {"top_p": 0.9999}, {"typical_p": 0.5}, {"min_p": 0.6}):
+            found = []
+            for name in ("eager", "cpp"):
+                with backend(sample=name):
+                    found.append(run(logits, 1.3, position=torch.arange(3), top_n=60, **filters))
+            assert torch.equal(found[0].token, found[1].token) and torch.equal(found[0].top_ids, found[1].top_ids), filters
+
+
+def leaf_arguments(rows, vocab, dtype=torch.float32, top_n=2):
+    f, n = (lambda v: torch.full((rows,), v)), (lambda v: torch.full((rows,), v, dtype=torch.int64))
+    bits = pack_bits(torch.rand(rows, vocab) < 0.9)
+    numbers = [f(0.9), n(5), f(0.9), f(0.01), f(0.9), f(1.1), f(0.1), f(0.1)]
+    tables = [torch.randn(rows, vocab), bits, bits, torch.zeros(rows, vocab, dtype=torch.int32)]
+    return [torch.randn(rows, vocab).to(dtype), *numbers, *tables, n(1), n(2), n(0), top_n]
+
+
+def test_opcheck():
+    testing.requires("cpp", backend.EXTENSIONS["_C"])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        full = leaf_arguments(3, 70, dtype)
+        torch.library.opcheck(torch.ops.gptfast.sample.default, tuple(full))
+        torch.library.opcheck(torch.ops.gptfast.sample.default, (full[0], full[1], *[None] * 11, *full[13:16], 0))
+    empty = torch.ops.gptfast.sample(*(t[:0] if isinstance(t, torch.Tensor) else t for t in leaf_arguments(3, 70)))
+    assert [tuple(t.shape) for t in empty] == [(0,), (0,), (0,), (0, 2), (0, 2)]
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, torch.zeros(3), "dimensions, needs 2"), (0, torch.zeros(3, 70).double(), "allowed: fp32, bf16, fp16"),
+        (0, torch.zeros(3, 140)[:, ::2], "rows that are not contiguous"), (0, torch.zeros(3, 0), "has 0 columns"),
+        (1, torch.zeros(3).double(), "temperature is Double"), (2, torch.zeros(3).int(), "top_k is Int"),
+        (3, torch.zeros(2), "top_p has shape"),
+        (9, torch.zeros(3, 70).half(), "bias is Half"), (9, torch.zeros(3, 71), "bias has shape"),
+        (10, torch.zeros(3, 2, dtype=torch.int32), "mask has shape"), (11, torch.zeros(3, 3), "prompt is Float"),
+        (12, torch.zeros(3, 70), "counts is Float"), (12, torch.zeros(2, 70, dtype=torch.int32), "counts has shape"),
+        (13, torch.zeros(3), "seed is Float"), (14, torch.zeros(6, dtype=torch.int64)[::2], "position is not contiguous"),
+        (16, 71, "top_n is 71"),
+    ],
+)  # fmt: skip
+def test_leaf_checks_its_contract(place, value, message):
+    testing.requires("cpp", backend.EXTENSIONS["_C"])
+    arguments = leaf_arguments(3, 70)
+    arguments[place] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.gptfast.sample(*arguments)
+
+
+def test_compile_on_cpp_and_a_backend_switched():
+    """Counts are written inside the graph too. Eager looks at values, which a graph has not, so it is compiled with breaks."""
+    testing.requires("cpp", backend.EXTENSIONS["_C"])
+    torch._dynamo.reset()
+    logits, counts = torch.randn(3, 70), torch.zeros(3, 70, dtype=torch.int32)
+    draw = lambda x, c: run(x, 0.8, top_k=9, top_p=0.9, presence=0.3, counts=c)  # noqa: E731
+    with backend(sample="eager"):
+        right, counted = draw(logits, wanted := counts.clone()), wanted
+    for full, names in ((True, ("cpp",)), (False, ("eager", "cpp"))):
+        compiled = torch.compile(draw, fullgraph=full, backend="aot_eager")
+        for name in names:
+            with backend(sample=name):
+                found = compiled(logits, written := counts.clone())
+            assert torch.equal(found.token, right.token) and torch.equal(written, counted), name
+    torch._dynamo.reset()
