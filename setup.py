@@ -32,7 +32,7 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": [f"-mavx512{x}" for x in ("f", "bw", "dq", "vl", "vnni", "bf16")] + ["-mfma", "-mf16c", "-mprefer-vector-width=512"],
 }
-ISA_FLAGS["avx512"].append("-Wno-maybe-uninitialized")  # g++ 12 finds it in its own intrinsics headers
+ISA_FLAGS["avx512"] += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # g++ 12 finds both in its own intrinsics headers
 ARCHITECTURES = "8.0+PTX 9.0a 10.0"  # the PTX is for GPUs that none of the three names
 
 

@@ -112,6 +112,21 @@ def eager(
     return o if padding is None else o.masked_fill(padding, 0)
 
 
+if backend.has_schema("attention"):
+
+    @torch.library.register_fake("gptfast::attention")  # type: ignore[untyped-decorator]
+    def _(
+        q: Tensor, k: Tensor, v: Tensor, scale: float, document_ids: Tensor | None, dropout_p: float, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        batch, length, heads, _ = q.shape
+        return q.new_empty(q.shape), q.new_empty((batch, heads, length), dtype=torch.float32)
+
+    @torch.library.register_fake("gptfast::attention_backward")  # type: ignore[untyped-decorator]
+    def _(do: Tensor, q: Tensor, *rest: Any) -> Tensor:
+        batch, length, heads, size = q.shape
+        return q.new_empty((batch, length, 3, heads, size))
+
+
 def _three(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = tensors if len(tensors) == 3 else tensors[0].unbind(2)
     return q, k, v
