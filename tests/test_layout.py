@@ -66,9 +66,9 @@ def test_an_op_has_one_name(folder: str, pattern: str) -> None:
     """A file in these folders is named after an op, or is one of the folder's shared files."""
     shared = {
         "csrc/cpu": {
-            "vec", "vec_types", "vec_math", "philox_vec", "isa", "tensor", "kernels", "convert", "partials", "kernels_plain", "kernels_avx2",
-            "kernels_avx512", "vec_product", "attention_block", "attention_backward",
-        },  # fmt: skip
+            "vec", "vec_types", "vec_math", "vec_product", "philox_vec", "isa", "tensor", "kernels", "convert", "partials",
+            "kernels_plain", "kernels_avx2", "kernels_avx512", "attention_block", "attention_backward",
+        },
         "csrc/cuda": {"ptx", "vec", "reduce", "launch", "array", "launchers", "bindings"},
     }.get(folder, set())
     for path in (ROOT / folder).glob("*"):

@@ -177,7 +177,9 @@ void pack_panel(const Shape<Product>& shape, const typename Product::Storage* ro
   static_assert(Product::kPack == 2);
   for (int64_t t = 0; t < kBlock; t += 2) {
     const auto *low = rows + t * shape.row_numbers, *high = low + shape.row_numbers;
-    for (int64_t i = 0; i < shape.width; i += kWidth) store(panel + t / 2 * shape.width + i, join(read<Half>(low + i), read<Half>(high + i)));
+    for (int64_t i = 0; i < shape.width; i += kWidth) {
+      store(panel + t / 2 * shape.width + i, join(read<Half>(low + i), read<Half>(high + i)));
+    }
   }
 }
 

@@ -107,6 +107,8 @@ def eager(
     if dropout_p > 0:
         return definition(q, k, v, scale, document_ids, dropout_p, seed)[0]
     visible = None if document_ids is None else _visible(document_ids)
+    if visible is None and scale <= 0:  # PyTorch's causal kernel masks before it scales: inf, or NaN
+        visible = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).tril()
     qh, kh, vh = (t.transpose(1, 2) for t in (q, k, v))
     o = _attend.sdpa(qh, kh, vh, scale, visible, causal=visible is None).transpose(1, 2)
     return o if padding is None else o.masked_fill(padding, 0)
