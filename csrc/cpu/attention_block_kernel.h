@@ -97,13 +97,9 @@ GPTFAST_INLINE Ints lanes() {
   return result;
 }
 
-GPTFAST_INLINE bool is_finite(const float* row, int64_t count) {
-  Vec check = set(0);
-  for (int64_t i = 0; i < count; i += kWidth) check += load(row + i) - load(row + i);
-  return sum(check) == 0;
-}
-
-GPTFAST_INLINE bool is_finite(const bf16* row, int64_t count) {
+// Whether x - x is 0 for all of them; what fills the last register counts
+template <typename Number>
+GPTFAST_INLINE bool is_finite(const Number* row, int64_t count) {
   Vec check = set(0);
   for (int64_t i = 0; i < count; i += kWidth) check += load(row + i) - load(row + i);
   return sum(check) == 0;
@@ -121,8 +117,8 @@ GPTFAST_INLINE void prefetch(const void* data, int64_t bytes) {
 
 constexpr int64_t kAhead = 12;  // tokens
 
-// Copies `count` tokens, `stride` apart, into a block of rows; zeros for padding, for what follows `count`, and for tokens that are not
-// finite, which are marked in bad[t]. Returns whether there are any.
+// Copies `count` tokens, `stride` apart, into a block of rows, D numbers and zeros up to whole registers; all zeros for padding, for
+// what follows `count`, and for tokens that are not finite, which are marked in bad[t]. Returns whether there are any.
 template <typename Product, typename T>
 bool pack_rows(const Shape<Product>& shape, const T* source, int64_t stride, int64_t count, int64_t size, const int32_t* labels,
                typename Product::Storage* rows, uint8_t* bad) {
@@ -141,11 +137,10 @@ bool pack_rows(const Shape<Product>& shape, const T* source, int64_t stride, int
       check |= (Bits)(x - x);
       store(row + i, x);
     });
-    if (width > round_up(size, kWidth)) clear(row + round_up(size, kWidth), width - round_up(size, kWidth));
   }
   if (sum((Vec)check) == 0) return false;
   for (int64_t t = 0; t < count; ++t) {
-    if (is_finite(rows + t * width, width)) continue;
+    if (is_finite(rows + t * width, size)) continue;
     bad[t] = 1;
     clear(rows + t * width, width);
   }

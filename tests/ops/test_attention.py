@@ -250,8 +250,7 @@ def test_bad_input():
 
 SHAPES = [
     (1, 1, 1, 32), (2, 7, 3, 40), (1, 64, 2, 64), (2, 65, 1, 80), (1, 129, 2, 96), (2, 67, 1, 128), (1, 200, 12, 64),
-    (0, 5, 2, 64), (2, 0, 2, 64), (1, 5, 0, 64),
-]  # fmt: skip
+    (0, 5, 2, 64), (2, 0, 2, 64), (1, 5, 0, 64)]  # fmt: skip
 
 
 def three(shape, dtype, layout="contiguous", grad=True):
@@ -355,7 +354,7 @@ def test_log_sum_exp(target, documents):
 def test_every_instruction_set(isa, precision):
     target = Target("cpp", precision, "cpp")
     with testing.forced_isa(isa):
-        for size in HEAD_SIZES:
+        for size in (32, 80, 128):
             check(target, three((1, 70, 1, size), target.dtype))
         more = {"document_ids": contiguous_documents(131), "dropout_p": 0.25, "seed": SEED}
         check(target, three((2, 131, 1, 40), target.dtype) | more)
