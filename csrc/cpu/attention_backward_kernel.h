@@ -116,7 +116,7 @@ void weigh_block(const Attention& args, const BackwardMemory<Product>& memory, c
       noise_row(args, head, first_query + i, first_key, noise);
       noise_row(args, head, first_query + i + 1, first_key, noise + kBlock);
     }
-    const int64_t width = mask.diagonal ? round_up(round_up(i + 1, kRows), kWidth) : kBlock;
+    const int64_t width = kMasked ? mask.width(i) : kBlock;
     weigh_rows<Product, kMasked, kDocuments>(args, memory, mask, i, first_query + i, width, drops ? noise : nullptr);
   }
 }

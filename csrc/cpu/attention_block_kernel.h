@@ -97,13 +97,9 @@ GPTFAST_INLINE Ints lanes() {
   return result;
 }
 
-GPTFAST_INLINE bool is_finite(const float* row, int64_t count) {
-  Vec check = set(0);
-  for (int64_t i = 0; i < count; i += kWidth) check += load(row + i) - load(row + i);
-  return sum(check) == 0;
-}
-
-GPTFAST_INLINE bool is_finite(const bf16* row, int64_t count) {
+// Whether x - x is 0 for all of them; what fills the last register counts
+template <typename Number>
+GPTFAST_INLINE bool is_finite(const Number* row, int64_t count) {
   Vec check = set(0);
   for (int64_t i = 0; i < count; i += kWidth) check += load(row + i) - load(row + i);
   return sum(check) == 0;
@@ -114,15 +110,23 @@ GPTFAST_INLINE void clear(Number* row, int64_t count) {
   for (int64_t i = 0; i < count; i += kWidth) store(row + i, set(0));
 }
 
-// Copies `count` tokens, `stride` apart, into a block of rows; zeros for padding, for what follows `count`, and for tokens that are not
-// finite, which are marked in bad[t]. Returns whether there are any.
+// A token of a head is a few lines in a row of thousands of bytes: the caches do not foresee the next one
+GPTFAST_INLINE void prefetch(const void* data, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i);
+}
+
+constexpr int64_t kAhead = 12;  // tokens
+
+// Copies `count` tokens, `stride` apart, into a block of rows, D numbers and zeros up to whole registers; all zeros for padding, for
+// what follows `count`, and for tokens that are not finite, which are marked in bad[t]. Returns whether there are any.
 template <typename Product, typename T>
 bool pack_rows(const Shape<Product>& shape, const T* source, int64_t stride, int64_t count, int64_t size, const int32_t* labels,
                typename Product::Storage* rows, uint8_t* bad) {
   const int64_t width = shape.row_numbers;
-  Vec check = set(0);
+  Bits check = {};  // x - x is 0, or NaN for NaN and inf
   for (int64_t t = 0; t < kBlock; ++t) {
     auto* row = rows + t * width;
+    if (t + kAhead < count) prefetch(source + (t + kAhead) * stride, size * sizeof(T));
     if (t >= count || (labels != nullptr && labels[t] < 0)) {
       clear(row, width);
       continue;
@@ -130,14 +134,13 @@ bool pack_rows(const Shape<Product>& shape, const T* source, int64_t stride, int
     const T* token = source + t * stride;
     for_columns(size, [&](int64_t i, int n) {
       const Vec x = load_lanes(token + i, n);
-      check += x - x;
+      check |= (Bits)(x - x);
       store(row + i, x);
     });
-    if (width > round_up(size, kWidth)) clear(row + round_up(size, kWidth), width - round_up(size, kWidth));
   }
-  if (sum(check) == 0) return false;
+  if (sum((Vec)check) == 0) return false;
   for (int64_t t = 0; t < count; ++t) {
-    if (is_finite(rows + t * width, width)) continue;
+    if (is_finite(rows + t * width, size)) continue;
     bad[t] = 1;
     clear(rows + t * width, width);
   }
@@ -169,7 +172,9 @@ void pack_panel(const Shape<Product>& shape, const typename Product::Storage* ro
   static_assert(Product::kPack == 2);
   for (int64_t t = 0; t < kBlock; t += 2) {
     const auto *low = rows + t * shape.row_numbers, *high = low + shape.row_numbers;
-    for (int64_t i = 0; i < shape.width; i += kWidth) store(panel + t / 2 * shape.width + i, join(read<Half>(low + i), read<Half>(high + i)));
+    for (int64_t i = 0; i < shape.width; i += kWidth) {
+      store(panel + t / 2 * shape.width + i, join(read<Half>(low + i), read<Half>(high + i)));
+    }
   }
 }
 
@@ -220,6 +225,9 @@ struct Mask {
   bool diagonal;              // keys after the query are in this block
   const int32_t* key_labels;  // of the block's keys [64], or null: all are of the queries' document
   const int32_t* labels;      // of the block's queries
+
+  // Keys that are computed for query i: up to the last query of its tile, in whole registers
+  int64_t width(int64_t i) const { return diagonal ? round_up(round_up(i + 1, kRows), kWidth) : kBlock; }
 };
 
 // -1 in the lanes of keys first, first + 1, ... that query i of the block sees

@@ -46,32 +46,33 @@ struct ForwardMemory {
   }
 };
 
-// What softmax does to row i of a block of scores: the new maximum, the weights in place of the scores (as words of the product that
-// follows), and the factor for what was summed before
-template <typename Product, bool kDocuments>
+// What was summed for row i so far, in terms of a larger maximum
+GPTFAST_INLINE void shrink_row(float* sums, float* output, int64_t width, float before, float now) {
+  const Vec factor = exp2(set(before - now));
+  store(sums, load(sums) * factor);
+  for (int64_t d = 0; d < width; d += kWidth) store(output + d, load(output + d) * factor);
+}
+
+// Row i of a block of scores: the new maximum, and the weights in place of the scores, as words of the product that follows
+template <typename Product, bool kMasked, bool kDocuments>
 GPTFAST_INLINE void softmax_row(const Attention& args, const ForwardMemory<Product>& memory, const Mask& mask, int64_t i,
                                 int64_t width, int64_t output_width, const uint32_t* noise) {
-  float* scores = memory.scores + i * kBlock;
+  float *scores = memory.scores + i * kBlock, *sums = memory.sums + i * kWidth;
   const Vec factor = set(args.scale * kLog2E), nothing = set(-__builtin_inff());
-  const bool masked = mask.diagonal || kDocuments;
   Vec top = nothing;
   for (int64_t j = 0; j < width; j += kWidth) {
     Vec s = load(scores + j) * factor;
-    if (masked) s = choose(visible<kDocuments>(mask, i, j), s, nothing);
+    if (kMasked) s = choose(visible<kDocuments>(mask, i, j), s, nothing);
     store(scores + j, s);
     top = maximum(top, s);
   }
-  const float before = memory.maximum[i], found = max(top);
-  const float now = found > before ? found : before;
+  const float before = memory.maximum[i], found = max(top), now = found > before ? found : before;
   if (found > before) {
     memory.maximum[i] = now;
-    const Vec shrink = exp2(set(before - now));
-    store(memory.sums + i * kWidth, load(memory.sums + i * kWidth) * shrink);
-    float* output = memory.output + i * output_width;
-    for (int64_t d = 0; d < output_width; d += kWidth) store(output + d, load(output + d) * shrink);
+    if (before > -__builtin_inff()) shrink_row(sums, memory.output + i * output_width, output_width, before, now);
   }
   const Vec base = set(now == -__builtin_inff() ? 0.0f : now);  // no visible key so far: all weights become 0
-  Vec sum = load(memory.sums + i * kWidth);
+  Vec sum = load(sums);
   auto* weights = reinterpret_cast<typename Product::Storage*>(scores);
   for (int64_t j = 0; j < width; j += kWidth) {
     Vec p = exp2(load(scores + j) - base);
@@ -79,18 +80,18 @@ GPTFAST_INLINE void softmax_row(const Attention& args, const ForwardMemory<Produ
     if (noise != nullptr) p = choose(kept(args, noise + j), p, set(0.0f));
     store(weights + j, p);
   }
-  store(memory.sums + i * kWidth, sum);
+  store(sums, sum);
 }
 
-template <typename Product, bool kDocuments>
+template <typename Product, bool kMasked, bool kDocuments>
 void softmax_block(const Attention& args, const ForwardMemory<Product>& memory, const Mask& mask, int64_t rows, int64_t output_width,
                    int64_t head, int64_t first_query, int64_t first_key) {
   alignas(64) uint32_t noise[kBlock];
   const bool drops = args.drop_below > 0;
   for (int64_t i = 0; i < rows; ++i) {
     if (drops) noise_row(args, head, first_query + i, first_key, noise);
-    const int64_t reached = round_up(round_up(i + 1, kRows), kWidth);
-    softmax_row<Product, kDocuments>(args, memory, mask, i, mask.diagonal ? reached : kBlock, output_width, drops ? noise : nullptr);
+    const int64_t width = kMasked ? mask.width(i) : kBlock;
+    softmax_row<Product, kMasked, kDocuments>(args, memory, mask, i, width, output_width, drops ? noise : nullptr);
   }
 }
 
@@ -108,9 +109,11 @@ void forward_block(const Attention& args, const Shape<Product>& shape, const For
   multiply<Product, false>(diagonal ? Part::columns_to_row : Part::all, queries, keys, rows, shape.steps, kBlock, memory.scores, kBlock);
   const int64_t first_query = query_block * kBlock, first_key = key_block * kBlock;
   if (documents) {
-    softmax_block<Product, true>(args, memory, mask, rows, shape.width, head, first_query, first_key);
+    softmax_block<Product, true, true>(args, memory, mask, rows, shape.width, head, first_query, first_key);
+  } else if (diagonal) {
+    softmax_block<Product, true, false>(args, memory, mask, rows, shape.width, head, first_query, first_key);
   } else {
-    softmax_block<Product, false>(args, memory, mask, rows, shape.width, head, first_query, first_key);
+    softmax_block<Product, false, false>(args, memory, mask, rows, shape.width, head, first_query, first_key);
   }
   constexpr int64_t kPack = Product::kPack;
   const int64_t step = kPack == 1 ? shape.row : shape.width;
@@ -120,21 +123,26 @@ void forward_block(const Attention& args, const Shape<Product>& shape, const For
                           shape.width);
 }
 
-// o and lse of a block of queries
+// o and lse of a block of queries: first all sums and logarithms, so that they do not wait for each other
 template <typename T, typename Product>
 void finish_block(const Attention& args, const Shape<Product>& shape, const ForwardMemory<Product>& memory, int64_t head, int64_t first,
                   int64_t count) {
   const int64_t b = head / args.heads, h = head % args.heads;
+  const uint8_t* poisoned = memory.poisoned + first;
+  const auto padding = [&](int64_t i) { return memory.labels != nullptr && memory.labels[first + i] < 0; };
+  float totals[kBlock];
+  for (int64_t i = 0; i < count; ++i) totals[i] = sum(load(memory.sums + i * kWidth));
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t t = first + i;
-    T* o = static_cast<T*>(args.o) + ((b * args.length + t) * args.heads + h) * args.size;
-    const bool padding = memory.labels != nullptr && memory.labels[t] < 0, poisoned = memory.poisoned[t];
-    const float total = sum(load(memory.sums + i * kWidth)), factor = (args.drop_below > 0 ? args.keep : 1.0f) / total;
-    const float lse = memory.maximum[i] * kLn2 + __builtin_logf(total);
-    args.lse[head * args.length + t] = padding ? -__builtin_inff() : poisoned ? __builtin_nanf("") : lse;
+    const float lse = memory.maximum[i] * kLn2 + __builtin_logf(totals[i]);
+    args.lse[head * args.length + first + i] = padding(i) ? -__builtin_inff() : poisoned[i] ? __builtin_nanf("") : lse;
+  }
+  const float keep = args.drop_below > 0 ? args.keep : 1.0f;
+  for (int64_t i = 0; i < count; ++i) {
+    T* o = static_cast<T*>(args.o) + ((b * args.length + first + i) * args.heads + h) * args.size;
+    const Vec factor = set(poisoned[i] ? __builtin_nanf("") : keep / totals[i]);
+    const bool empty = padding(i);
     for_columns(args.size, [&](int64_t d, int n) {
-      const Vec value = load(memory.output + i * shape.width + d) * set(factor);
-      store_lanes(o + d, padding ? set(0.0f) : poisoned ? set(__builtin_nanf("")) : value, n);
+      store_lanes(o + d, empty ? set(0.0f) : load(memory.output + i * shape.width + d) * factor, n);
     });
   }
 }

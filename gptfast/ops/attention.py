@@ -107,9 +107,26 @@ def eager(
     if dropout_p > 0:
         return definition(q, k, v, scale, document_ids, dropout_p, seed)[0]
     visible = None if document_ids is None else _visible(document_ids)
+    if visible is None and scale <= 0:  # PyTorch's causal kernel masks before it scales: inf, or NaN
+        visible = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).tril()
     qh, kh, vh = (t.transpose(1, 2) for t in (q, k, v))
     o = _attend.sdpa(qh, kh, vh, scale, visible, causal=visible is None).transpose(1, 2)
     return o if padding is None else o.masked_fill(padding, 0)
+
+
+if backend.has_schema("attention"):
+
+    @torch.library.register_fake("gptfast::attention")  # type: ignore[untyped-decorator]
+    def _(
+        q: Tensor, k: Tensor, v: Tensor, scale: float, document_ids: Tensor | None, dropout_p: float, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        batch, length, heads, _ = q.shape
+        return q.new_empty(q.shape), q.new_empty((batch, heads, length), dtype=torch.float32)
+
+    @torch.library.register_fake("gptfast::attention_backward")  # type: ignore[untyped-decorator]
+    def _(do: Tensor, q: Tensor, *rest: Any) -> Tensor:
+        batch, length, heads, size = q.shape
+        return q.new_empty((batch, length, 3, heads, size))
 
 
 def _three(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
