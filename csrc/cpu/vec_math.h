@@ -72,10 +72,10 @@ GPTFAST_INLINE Vec reciprocal_16bit(Vec x) {
 
 // The upper tail of the normal distribution without its exponential: erfc(a / sqrt(2)) / 2 = exp(-a^2 / 2) * normal_tail(a) for
 // a >= 0, to 3.7e-7 of its value up to a = 13.5, where the exponential ends. Polynomial in t = 1 / (1 + 0.3 a) (Lawson's fit).
-template <bool k16Bit>
+template <bool kShort>
 GPTFAST_INLINE Vec normal_tail(Vec a) {
   const Vec scaled = a * set(0.3f) + set(1.0f);
-  const Vec t = k16Bit ? reciprocal_16bit(scaled) : set(1.0f) / scaled;
+  const Vec t = kShort ? reciprocal_16bit(scaled) : set(1.0f) / scaled;
   Vec p = t * set(0x1.3a08f0p-5f) + set(-0x1.5a03a8p-3f);
   p = p * t + set(0x1.d363eap-3f);
   p = p * t + set(-0x1.374c0cp-4f);
