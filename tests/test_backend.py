@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -305,7 +306,7 @@ def test_the_summary_names_every_choice() -> None:
     with gptfast.backend("eager"):
         assert backend.summary("cpu") == f"eager: all {len(OPS)} ops"
     if HAS_CPP:
-        assert backend.summary("cpu").startswith("cpp: layer_norm")
+        assert re.search(r"cpp: (.* )?layer_norm|cpp: the other", backend.summary("cpu"))
 
 
 def test_every_op_has_an_eager_definition() -> None:

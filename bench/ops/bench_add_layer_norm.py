@@ -1,9 +1,9 @@
-"""add_layer_norm at GPT-2's widths: every backend that runs here beside torch (an addition and F.layer_norm); forward, backward, both.
+"""add_layer_norm at GPT-2's widths: every backend beside torch (an addition and F.layer_norm); forward, backward, both.
 
     pytest bench/ops/bench_add_layer_norm.py -k "768 and float32"
 
-The ceiling is the copy bandwidth of the same run. Bytes counted: forward reads residual and x and writes total and y; backward reads
-dtotal, dy and total and writes the gradient that residual and x share. Parameters and statistics are less than 1 %, not counted.
+The ceiling is the copy bandwidth of the same run. Bytes counted: forward reads residual and x and writes total and y; backward
+reads dtotal, dy and total and writes the gradient that residual and x share. Parameters and statistics, below 1 %, are not counted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""dropout at GPT-2's widths: every backend that runs here beside torch's F.dropout, which draws other noise; forward, backward and both.
+"""dropout at GPT-2's widths: every backend beside torch's F.dropout, which draws other noise; forward, backward and both.
 
     pytest bench/ops/bench_dropout.py -k "768 and float32"
 

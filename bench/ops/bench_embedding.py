@@ -1,4 +1,4 @@
-"""embedding at GPT-2's sizes: every backend that runs here beside torch (two F.embedding and their sum); forward, backward and both.
+"""embedding at GPT-2's sizes: every backend beside torch (two F.embedding and their sum); forward, backward and both.
 
     pytest bench/ops/bench_embedding.py -k "768 and float32"
 

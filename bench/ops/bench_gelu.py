@@ -1,9 +1,9 @@
-"""gelu with a bias at GPT-2's widths: every backend that runs here beside torch (an addition and F.gelu); forward, backward and both.
+"""gelu with a bias at GPT-2's widths: every backend beside torch (an addition and F.gelu); forward, backward and both.
 
     pytest bench/ops/bench_gelu.py -k "3072 and float32"
 
-The ceiling is the copy bandwidth of the same run. Bytes counted: forward reads x and writes y; backward reads x and dy and writes dx
-(the bias's gradient is made in the same pass). The bias is not counted.
+The ceiling is the copy bandwidth of the same run. Bytes counted: forward reads x and writes y; backward reads x and dy and writes
+dx (the bias's gradient is made in the same pass). The bias is not counted.
 """
 
 from __future__ import annotations

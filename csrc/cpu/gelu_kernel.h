@@ -38,11 +38,14 @@ namespace {
 
 constexpr int kGeluRows = 4;  // rows whose share of dbias is added in registers
 
-// exp(x) for x <= 0; kShort: good for results in bf16
+// exp(x) for x <= 0, or, good enough for results in bf16, 2^x; kUnit<kShort> is what brings the one to the other
 template <bool kShort>
 GPTFAST_INLINE Vec exponential(Vec x) {
-  return kShort ? exp2_16bit(x * set(0x1.715476p+0f)) : exp_negative(x);
+  return kShort ? exp2_16bit(x) : exp_negative(x);
 }
+
+template <bool kShort>
+constexpr float kUnit = kShort ? 1.4426950408889634f : 1.0f;
 
 GPTFAST_INLINE Vec absolute(Vec x) { return (Vec)((Bits)x & 0x7fffffffu); }
 
@@ -51,8 +54,8 @@ template <bool kShort, bool kSlope>
 GPTFAST_INLINE Vec tanh_form(Vec u) {
   constexpr float kRate = 1.5957691216057308f, kCube = 0.044715f;  // 2 z = kRate * (u + kCube u^3)
   const Vec square = u * u;
-  const Vec e = exponential<kShort>(absolute(u) * (square * set(-kRate * kCube) + set(-kRate)));
-  const Vec r = kShort ? reciprocal_16bit(e + set(1.0f)) : set(1.0f) / (e + set(1.0f));
+  const Vec e = exponential<kShort>(absolute(u) * (square * set(-kUnit<kShort> * kRate * kCube) + set(-kUnit<kShort> * kRate)));
+  const Vec r = kShort ? reciprocal_16bit(e + set(1.0f)) : reciprocal(e + set(1.0f));
   const Vec below = e * r, gate = choose(u < set(0), below, r);
   return kSlope ? gate + u * (below * r) * (square * set(3 * kRate * kCube) + set(kRate)) : gate;
 }
@@ -60,7 +63,7 @@ GPTFAST_INLINE Vec tanh_form(Vec u) {
 template <bool kShort, bool kSlope>
 GPTFAST_INLINE Vec error_form(Vec u) {
   constexpr float kDensity = 0.3989422804014327f;  // 1 / sqrt(2 pi)
-  const Vec e = exponential<kShort>(u * u * set(-0.5f));
+  const Vec e = exponential<kShort>(u * u * set(-0.5f * kUnit<kShort>));
   const Vec tail = e * normal_tail<kShort>(absolute(u)), gate = choose(u < set(0), tail, set(1.0f) - tail);
   return kSlope ? gate + u * (e * set(kDensity)) : gate;
 }

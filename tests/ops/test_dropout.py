@@ -168,9 +168,11 @@ def test_wrong_results_are_rejected():
     x = random(9, 24)
     own, ref = eager(x, 0.3, SEED), eager(x.double(), 0.3, SEED)
     keep = eager(torch.ones_like(x), 0.3, SEED) != 0
-    wrong = testing.wrong_results(own) | {"no scale": x * keep, "all kept": x / 0.7, "kept and dropped swapped": x / 0.7 * ~keep,
-                                          "another seed": eager(x, 0.3, SEED + 1), "the next row's noise": x / 0.7 * keep.roll(1, 0),
-                                          "the next column's noise": x / 0.7 * keep.roll(1, 1)}
+    wrong = testing.wrong_results(own) | {
+        "no scale": x * keep, "all kept": x / 0.7, "kept and dropped swapped": x / 0.7 * ~keep,
+        "another seed": eager(x, 0.3, SEED + 1), "the next row's noise": x / 0.7 * keep.roll(1, 0),
+        "the next column's noise": x / 0.7 * keep.roll(1, 1),
+    }  # fmt: skip
     for what, value in wrong.items():
         testing.assert_rejected(what, value, own, ref)
 

@@ -90,7 +90,7 @@ def test_bad_input():
         ops.embedding(ids, positions, wte, wpe.float())
 
 
-# ----------------------------------------------------------------------------------------------------- the kernels, by the tolerance
+# --------------------------------------------------------------------------------------------------- the kernels, by the tolerance
 
 SHAPES = [((2, 5), 768), ((3, 4), 1), ((1, 7), 65), ((4, 3), 64), ((2, 3), 15), ((5, 2), 33), ((0, 5), 7), ((2, 0), 7), ((2, 3), 0)]
 
@@ -214,7 +214,7 @@ def test_one_thread_and_two_give_the_same_bits(isa):
         assert all(same_bits(value, other[name]) for other in results[1:]), name
 
 
-# ----------------------------------------------------------------------------------------------------------- wrong results are seen
+# ---------------------------------------------------------------------------------------------------------- wrong results are seen
 
 
 def without_positions(ids, positions, wte, wpe):
@@ -257,7 +257,7 @@ def test_wrong_results_are_rejected(precision):
             testing.assert_rejected(f"{name}: {function.__name__}", found[name], own[name], ref[name], gradient=name != "y")
 
 
-# ------------------------------------------------------------------------------------------------------ dispatcher, compile, errors
+# ----------------------------------------------------------------------------------------------------- dispatcher, compile, errors
 
 
 def test_opcheck():
