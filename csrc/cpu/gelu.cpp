@@ -63,6 +63,7 @@ std::tuple<at::Tensor, at::Tensor> gelu_backward_cpu(const at::Tensor& dy, const
     });
     return {dx, at::empty({0}, fp32)};
   }
+  args.wide_sums = bias->scalar_type() == at::kFloat;
   const RowBlocks blocks(rows);
   at::Tensor partials = at::empty({blocks.count, columns}, fp32), dbias = at::empty({columns}, fp32);
   float *partial = partials.mutable_data_ptr<float>(), *sums = dbias.mutable_data_ptr<float>();

@@ -96,27 +96,28 @@ GPTFAST_INLINE void backward_group(const LayerNorm& args, int64_t row, float* dw
   for_columns(columns, [&](int64_t i, int lanes) {
     const Vec w = load_lanes(weight + i, lanes);
     for (int r = 0; r < kRows; ++r) {
-      const Vec g = load_lanes(dy + r * columns + i, lanes) * w;  // 0 in a missing lane
+      const Vec g = rounded(load_lanes(dy + r * columns + i, lanes) * w);  // 0 in a missing lane
       sum_g[r] += g;
       sum_products[r] += g * (load_lanes(x + r * columns + i, lanes) - mean[r]);
     }
   });
-  Vec mean_g[kRows], slope[kRows];  // of rstd * mean(g), and of what stands before x - mean
+  Vec mean_g[kRows], slope[kRows];  // of g, and of what stands before x - mean
   for (int r = 0; r < kRows; ++r) {
-    const float share = args.rstd[row + r] / static_cast<float>(columns);
-    mean_g[r] = set(sum(sum_g[r]) * share);
-    slope[r] = set(sum(sum_products[r]) * share) * rstd[r] * rstd[r];
+    const float count = static_cast<float>(columns);
+    mean_g[r] = set(sum(sum_g[r]) / count);
+    slope[r] = set(sum(sum_products[r]) / count) * rstd[r] * rstd[r];
   }
   for_columns(columns, [&](int64_t i, int lanes) {
     const Vec w = load_lanes(weight + i, lanes);
     Vec sum_weight = load_lanes(dweight + i, lanes), sum_bias = load_lanes(dbias + i, lanes);
     for (int r = 0; r < kRows; ++r) {
       const int64_t place = r * columns + i;
-      const Vec upstream = load_lanes(dy + place, lanes), scaled = upstream * rstd[r];
+      const Vec upstream = load_lanes(dy + place, lanes);
       const Vec deviation = load_lanes(x + place, lanes) - mean[r];
-      sum_weight += scaled * deviation;
+      sum_weight += upstream * rstd[r] * deviation;
       sum_bias += upstream;
-      Vec gradient = scaled * w - mean_g[r] - deviation * slope[r];
+      // g as it was added up: in a row of one column it cancels, and rstd may be large
+      Vec gradient = (rounded(upstream * w) - mean_g[r] - deviation * slope[r]) * rstd[r];
       if (kAdd) gradient += load_lanes(dtotal + place, lanes);
       store_or_stream(dx + place, gradient, lanes, past_caches);
     }

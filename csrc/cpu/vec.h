@@ -166,6 +166,16 @@ GPTFAST_INLINE void finish_streams() {}
 GPTFAST_INLINE void stream(bf16* p, Vec v) { stream_half(p, to_bf16(v)); }
 GPTFAST_INLINE void stream(fp16* p, Vec v) { stream_half(p, to_fp16(v)); }
 
+// v, rounded: compilers may make one FMA of a product and a sum, and this keeps them from it where the two roundings have to cancel
+GPTFAST_INLINE Vec rounded(Vec v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#else
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+
 // All lanes or the first n: with n == kWidth known at compile time this is the plain form
 template <typename T>
 GPTFAST_INLINE Vec load_lanes(const T* p, int n) { return n == kWidth ? load(p) : load(p, n); }

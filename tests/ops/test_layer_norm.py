@@ -230,6 +230,18 @@ def test_a_row_does_not_depend_on_the_others(target: Target) -> None:
 
 
 @pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
+def test_large_results_are_whole(isa: str) -> None:
+    """Above 16 MiB results are written past the caches: whole cache lines, a last group that is not full."""
+    x, weight, bias = random(4, 1024).repeat(1025, 1)[:4099], random(1024), random(1024)
+    with testing.forced_isa(isa), testing.poisoned():
+        y, mean, rstd = torch.ops.gptfast.layer_norm(x, weight, bias, 1e-5)
+        dx, _, _ = torch.ops.gptfast.layer_norm_backward(y, x, weight, mean, rstd)
+        few, mean, rstd = torch.ops.gptfast.layer_norm(x[:4], weight, bias, 1e-5)
+        back, _, _ = torch.ops.gptfast.layer_norm_backward(few, x[:4], weight, mean, rstd)
+    assert same_bits(y, few.repeat(1025, 1)[:4099]) and same_bits(dx, back.repeat(1025, 1)[:4099])
+
+
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_instruction_set(isa: str, precision: str) -> None:
     target = Target("cpp", precision, "cpp")
