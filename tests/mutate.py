@@ -149,6 +149,7 @@ RULES: list[Rule] = [
     ("statement", r"(?<=\n)[ \t]+[\w.\[\] +*]+ (?:[-+*/|&^]=) [^;{}\n]*;(?=\n)", lambda m: " ;"),
     ("statement", r"(?<=\n)[ \t]+(?!return)\w+(?:<[^<>()]*>)?\([^;{}\n]*\);(?=\n)", lambda m: " ;"),
 ]
+KINDS = sorted({"term", *(kind for kind, _, _ in RULES)})
 
 
 def _operand_end(text: str, place: int) -> int:
@@ -391,8 +392,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--file", action="append", help="a kernel file (default: every csrc/cpu/*_kernel.h)")
     parser.add_argument("--count", type=int, default=12, help="changes a file that compile (default: 12)")
     parser.add_argument("--seed", type=int, default=0, help="draws the changes (default: 0)")
-    kinds = sorted({"term", *(kind for kind, _, _ in RULES)})
-    parser.add_argument("--kind", action="append", choices=kinds, help="only these kinds of changes (default: all)")
+    parser.add_argument("--kind", action="append", choices=KINDS, help="only these kinds of changes (default: all)")
     parser.add_argument("--list", action="store_true", help="only print the changes")
     parser.add_argument("--jobs", type=int, default=1, help="changes at a time, each in a copy of its own (default: 1)")
     parser.add_argument("--isa", action="append", choices=ISAS, help="instruction sets that get the change (default: all)")
@@ -401,7 +401,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, help="seconds until a change counts as noticed (default: 4 x the tests', >= 60)")
     parser.add_argument("--output", type=Path, default=campaigns.FILE, help="where the record goes (default: tests/campaigns.json)")
     options = parser.parse_args(words)
-    options.isa, options.kind = tuple(options.isa or ISAS), options.kind or kinds
+    options.isa, options.kind = tuple(options.isa or ISAS), options.kind or KINDS
     options.file = options.file or sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/cpu/*_kernel.h"))
     for name in options.file:
         if not (ROOT / name).is_file() or not re.match(r"csrc/cpu/\w+_kernel\.h$|csrc/cuda/\w+\.cuh$|kernels/[a-z]\w*\.py$", name):
@@ -434,8 +434,12 @@ def main(words: list[str]) -> int:
             failed |= not good
             verdict = "" if good else ": NOT ENOUGH"
             print(f"{name}: {facts['killed']} of {counted} noticed, {facts['explained']} explained{verdict}", flush=True)
-            command = f"python -P tests/mutate.py --file {name} --count {options.count} --seed {options.seed}"
-            campaigns.write(f"mutate {name}", {"command": command, **facts}, [name, *family(name)[0]], options.output)
+            numbers = ["--count", str(options.count), "--seed", str(options.seed)]
+            command = ["python", "-P", "tests/mutate.py", "--file", name, *numbers]
+            command += [word for kind in options.kind for word in ("--kind", kind)] if len(options.kind) < len(KINDS) else []
+            command += ["--select", options.select] if options.select else []
+            command += ["--asan"] if options.asan else []
+            campaigns.write(f"mutate {name}", {"command": shlex.join(command), **facts}, [name, *family(name)[0]], options.output)
     return int(failed)
 
 

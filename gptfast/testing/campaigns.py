@@ -65,13 +65,14 @@ def sanitizer_library() -> str | None:
 
 def sanitizer_environment(log: Path) -> dict[str, str]:
     """For a python that loads an instrumented extension. Reports go to files `log`.<pid>, since pytest keeps what a test prints; a
-    process that has one ends with 99."""
+    process that has one ends with 99. Kernels run in their plain form: masked intrinsics are not instrumented."""
     library = sanitizer_library()
     assert library is not None
     common = f"log_path={log}:exitcode=99:halt_on_error=1"
     # leaks: python frees little at its end; mismatches and duplicates: torch's libraries have them
     address = f"detect_leaks=0:alloc_dealloc_mismatch=0:detect_odr_violation=0:{common}"
-    return {"LD_PRELOAD": library, "ASAN_OPTIONS": address, "UBSAN_OPTIONS": f"print_stacktrace=1:{common}"}
+    watch = {"ASAN_OPTIONS": address, "UBSAN_OPTIONS": f"print_stacktrace=1:{common}"}
+    return {"LD_PRELOAD": library, "GPTFAST_CPU_ISA": "plain", **watch}
 
 
 def source_hash(names: Iterable[str]) -> str:
