@@ -23,7 +23,7 @@ PIP = $(VENV)/bin/python -m pip install -q --disable-pip-version-check -c .ci/co
 SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint build aot clean
+.PHONY: help demo test lint build aot asan mutate bench clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,15 @@ build: build/.extension  ## the C++ and CUDA extension, in place (1-2 min)
 
 aot: $(TEST_READY)  ## every Triton kernel and config compiled ahead of time for sm_80, sm_90, sm_100 (2 min)
 	$(PY) -m gptfast._aot --full
+
+asan: $(TEST_READY)  ## the C++ op suite under Address- and UndefinedBehaviorSanitizer (build 3-10 min, then about 10; a part through ARGS)
+	$(PY) tests/asan.py $(ARGS)
+
+mutate: $(TEST_READY)  ## does each op's test notice 12 one-place changes of its C++ kernel (3 min a kernel; ARGS="--file F --count 3")
+	$(PY) tests/mutate.py $(ARGS)
+
+bench: $(TEST_READY)  ## GPT-2's training step beside PyTorch and nanoGPT (20-40 min; ARGS="-k char --nanogpt PATH" and bench/README.md)
+	$(PY) -m pytest bench/bench_train.py $(ARGS)
 
 clean:  ## remove what was built; .venv and runs/ stay
 	rm -rf build gptfast/*.so gptfast/_build.json *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
