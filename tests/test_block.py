@@ -52,6 +52,20 @@ def run(model: GPT2LMHeadModel, document_ids: Tensor | None = None, dtype: torch
     return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
 
+def assert_close(one: Tensor, other: Tensor) -> None:
+    assert float((one - other).float().norm()) <= 2 * torch.finfo(one.dtype).eps * float(other.float().norm())
+
+
+def assert_same(model: GPT2LMHeadModel, fused: list[Tensor], separate: list[Tensor]) -> None:
+    """Loss and gradients bit for bit, but those of the embeddings: the two gradients of the stream that enters the first block are
+    added in one kernel and not by autograd, which rounds once less."""
+    for (name, _), one, other in zip([("loss", None), *model.named_parameters()], fused, separate, strict=True):
+        if name.startswith("transformer.w"):
+            assert_close(one, other)
+        else:
+            assert same_bits(one, other), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "config",
@@ -71,11 +85,7 @@ def test_the_same_bits_as_op_by_op(
     op_by_op()
     separate = run(model, dtype=dtype)
     assert len(taken) == 2
-    for (name, _), one, other in zip([("loss", None), *model.named_parameters()], fused, separate, strict=True):
-        if dtype == torch.float32 or not name.startswith("transformer.w"):
-            assert same_bits(one, other), name
-        else:  # the first block's two gradients of the stream are added before they are rounded, not after
-            assert float((one - other).float().norm()) < 0.01 * float(other.float().norm()), name
+    assert_same(model, fused, separate)
 
 
 def test_documents_and_padding(taken: list[str], op_by_op: Callable[[], None]) -> None:
@@ -85,7 +95,7 @@ def test_documents_and_padding(taken: list[str], op_by_op: Callable[[], None]) -
     fused = run(model, document_ids)
     assert len(taken) == 2
     op_by_op()
-    assert all(same_bits(one, other) for one, other in zip(fused, run(model, document_ids), strict=True))
+    assert_same(model, fused, run(model, document_ids))
 
 
 def test_gradients_reach_what_comes_in(taken: list[str], op_by_op: Callable[[], None]) -> None:
@@ -94,7 +104,7 @@ def test_gradients_reach_what_comes_in(taken: list[str], op_by_op: Callable[[], 
     fused = torch.autograd.grad(model(inputs_embeds=embeds).logits.square().sum(), embeds)
     assert len(taken) == 2
     op_by_op()
-    assert same_bits(fused[0], torch.autograd.grad(model(inputs_embeds=embeds).logits.square().sum(), embeds)[0])
+    assert_close(fused[0], torch.autograd.grad(model(inputs_embeds=embeds).logits.square().sum(), embeds)[0])
 
 
 def test_evaluation_drops_nothing(taken: list[str]) -> None:

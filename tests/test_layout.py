@@ -135,9 +135,9 @@ def test_ops_do_not_import_ops() -> None:
 
 def test_nothing_below_the_model_imports_upward() -> None:
     files = [*(ROOT / "gptfast/ops").glob("*.py"), *(ROOT / f"gptfast/{part}.py" for part in BELOW_MODEL if part != "ops")]
-    upward = rf"gptfast\.({'|'.join(('model', 'forward', 'cache', *ABOVE_MODEL))})(\.|$)"
+    upward = rf"gptfast\.({'|'.join(('model', 'layers', 'forward', 'cache', *ABOVE_MODEL))})(\.|$)"
     assert forbidden([path for path in files if path.exists()], upward) == []
-    model = [ROOT / f"gptfast/{part}.py" for part in ("model", "forward", "cache")]
+    model = [ROOT / f"gptfast/{part}.py" for part in ("model", "layers", "forward", "cache")]
     # model.generate is a method that hands over to the generation loop
     above = [part for part in ABOVE_MODEL if part != "generation"]
     assert forbidden([path for path in model if path.exists()], rf"gptfast\.({'|'.join(above)})(\.|$)") == []

@@ -54,7 +54,8 @@ def candidates() -> tuple[dict[str, Callable[..., Tensor]], str | None]:
     found: dict[str, Callable[..., Tensor]] = {"torch": peer}
     try:
         for dtype in DTYPES:
-            bench.check("linear on cpp", partial(forced, "cpp"), lambda x, w, b: eager(x, w.t(), b), operands((33, 65, 40), dtype)[0])
+            small = operands((33, 65, 40), dtype)[0]
+            bench.check("linear on cpp", partial(forced, "cpp"), lambda x, w, b: eager(x, w.t(), b), small)
     except Error as refusal:
         return found, str(refusal)
     return {"cpp": partial(forced, "cpp"), **found}, None

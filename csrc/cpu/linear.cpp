@@ -1,7 +1,7 @@
 // linear on the CPU: products by PyTorch's libraries, sums over rows for the bias by our own kernel.
-// PyTorch's fp32 products go to MKL, which on AMD CPUs is 10 % (Zen 4) to 50 % (Zen 5) slower than the oneDNN in the same library. That one is
-// reached through mkldnn::_linear_pointwise, a private op: it is looked up, and where it is missing ATen's own product serves. It adds
-// the bias while it stores, in bf16 too. 16-bit products over rows go through at::mm, the faster one for transposed operands.
+// PyTorch's fp32 products go to MKL, which on AMD CPUs is 10 % (Zen 4) to 50 % (Zen 5) slower than the oneDNN in the same library.
+// That one is reached through mkldnn::_linear_pointwise, a private op: it is looked up, and where it is missing ATen's own product
+// serves. It adds the bias while it stores, in bf16 too. 16-bit products over rows go through at::mm, faster for transposed operands.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>

@@ -13,9 +13,9 @@ class Arena;
 class StepMemory {
  public:
   StepMemory();
-  void enter();              // for the calling thread, until leave(); not nested
+  void enter();  // for the calling thread, until leave(); not nested
   void leave();
-  size_t bytes_held() const; // the most that was in use at one time, in bytes; it stays resident until this object and its tensors are gone
+  size_t bytes_held() const;  // what the region has grown to; it stays resident until this object and its tensors are gone
 
  private:
   std::shared_ptr<Arena> arena_;
