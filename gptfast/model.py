@@ -1,7 +1,7 @@
 """GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners") with its two heads, written on gptfast.ops.
 
-Parameter names and layouts are Hugging Face's; `lm_head.weight` is `transformer.wte.weight` unless the config unties them. layers.py
-has the blocks.
+Parameter names and layouts are Hugging Face's; `lm_head.weight` is `transformer.wte.weight` unless the config unties them. The
+blocks are in layers.py.
 """
 
 from __future__ import annotations
