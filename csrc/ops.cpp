@@ -53,6 +53,14 @@ TORCH_LIBRARY(gptfast, m) {
   m.def("adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[]? copies, Tensor lr,"
         " Tensor(e!) step, Tensor scale, Tensor finite, float[] weight_decay, float beta1, float beta2, float eps) -> ()");
 
+  // residual and x [B, T, C]; weights as in gptfast/ops/transformer_block.py; seeds [3]. Returns total, out and twelve tensors that
+  // backward wants back; backward returns the gradient of residual and of x, then those of the weights.
+  m.def("transformer_block(Tensor residual, Tensor? x, Tensor[] weights, Tensor? document_ids, Tensor? seeds, int heads, float scale,"
+        " float eps, str approximate, float attention_p, float residual_p) -> Tensor[]");
+  m.def("transformer_block_backward(Tensor d_total, Tensor d_out, Tensor residual, Tensor total, Tensor[] kept, Tensor[] weights,"
+        " Tensor? document_ids, Tensor? seeds, int heads, float scale, str approximate, float attention_p, float residual_p,"
+        " bool deterministic) -> Tensor[]");
+
   // one number a row, or absent for off; mask and prompt are bit words [B, (V + 31) div 32], bias [B, V] fp32, counts [B, V] int32
   m.def("sample(Tensor logits, Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor? typical_p, Tensor? repetition,"
         " Tensor? frequency, Tensor? presence, Tensor? bias, Tensor? mask, Tensor? prompt, Tensor(a!)? counts, Tensor seed,"

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from gptfast import ops
 from gptfast.config import GPT2Config
 from gptfast.forward import Pass
-from gptfast.ops import _block
 
 
 class Embedding(nn.Embedding):
@@ -151,21 +150,22 @@ class Block(nn.Module):
 
     def forward(self, residual: Tensor, x: Tensor | None, now: Pass) -> tuple[Tensor, Tensor]:
         """(residual stream, output not yet added to it), each [B, T, C] -> the same pair one block later."""
-        weights = self._weights()
-        if weights is not None and now.cache is None and torch.is_grad_enabled() and all(w.requires_grad for w in weights):
-            shape = self._shape(now)
-            names = _block.choose(shape, residual, weights)
-            if names is not None:
-                sites = range(3 * self.attn.layer + 1, 3 * self.attn.layer + 4)
-                seeds = None if now.seeds is None else [now.seeds[site : site + 1] for site in sites]
-                return _block.block(names, shape, seeds, now.document_ids, residual, x, weights)
+        weights = self._weights() if now.cache is None else None
+        if weights is not None:
+            drops = self.training and now.seeds is not None
+            site = 3 * self.attn.layer + 1
+            return ops.transformer_block(
+                residual, x, weights, self.attn.heads, self.attn.scale, self.ln_1.eps,
+                "none" if self.mlp.activation == "gelu" else "tanh", now.document_ids, self.attn.p, self.mlp.dropout.p,
+                now.seeds[site : site + 3] if drops and now.seeds is not None else None,
+            )  # fmt: skip
         residual, y = self.ln_1.after_add(residual, x)
         residual, y = self.ln_2.after_add(residual, self.attn(y, now))
         return residual, self.mlp(y, now)
 
 
     def _weights(self) -> tuple[Tensor, ...] | None:
-        """The parameters in the order of _block.PARAMETERS; None where the block is more than its ops: another activation,
+        """The parameters in the order of ops.transformer_block; None where the block is more than its ops: another activation,
         attention in fp32, or a part that was replaced (an adapter) or hooked."""
         attn, mlp = self.attn, self.mlp
         parts = self.ln_1, attn, attn.c_attn, attn.c_proj, attn.resid_dropout, self.ln_2, mlp, mlp.c_fc, mlp.c_proj, mlp.dropout
@@ -173,12 +173,6 @@ class Block(nn.Module):
             return None
         modules = self.ln_1, attn.c_attn, attn.c_proj, self.ln_2, mlp.c_fc, mlp.c_proj
         return tuple(parameter for module in modules for parameter in (module.weight, module.bias))
-
-    def _shape(self, now: Pass) -> _block.Shape:
-        drops = self.training and now.seeds is not None
-        form = "none" if self.mlp.activation == "gelu" else "tanh"
-        probabilities = (self.attn.p, self.mlp.dropout.p) if drops else (0.0, 0.0)
-        return _block.Shape(self.attn.heads, self.attn.scale, self.ln_1.eps, form, *probabilities)
 
 
 _PARTS = (LayerNorm, Attention, Conv1D, Conv1D, Dropout, LayerNorm, MLP, Conv1D, Conv1D, Dropout)

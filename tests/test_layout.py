@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 OPS = {path.stem for path in (ROOT / "gptfast/ops").glob("*.py") if not path.stem.startswith("_")}
 # composed ops use other ops' leaf modules; all others stand alone
-COMPOSED = {"add_layer_norm", "linear_cross_entropy", "layer_norm_linear", "linear_add", "lm_head_sample"}
+COMPOSED = {"add_layer_norm", "linear_cross_entropy", "layer_norm_linear", "linear_add", "lm_head_sample", "transformer_block"}
 BELOW_MODEL = ("ops", "backend", "kernels", "errors", "_environment", "philox")
 ABOVE_MODEL = ("tasks", "training", "generation", "serving", "cli", "commands", "demo", "benchmark", "testing", "doctor", "data")
 PYTHON = [ROOT / "setup.py", *(p for f in ("gptfast", "kernels", "tests", "bench") for p in sorted((ROOT / f).rglob("*.py")))]
