@@ -34,19 +34,23 @@ replay = bench.Replay()
 rows: list[dict[str, Any]] = []
 
 
-def peer(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    return F.dropout(x, p)
+def peer(x: Tensor, seed: Tensor) -> Tensor:
+    return F.dropout(x, P)
 
 
-def forced(name: str, *given: Any) -> Any:
-    with bench.force("dropout", name, *given, needs_grad=True):
-        return ops.dropout(*given)
+def definition(x: Tensor, seed: Tensor) -> Tensor:
+    return eager(x, P, seed)
 
 
-def operands(count: int, width: int, dtype: torch.dtype) -> tuple[list[Any], Tensor]:
-    """[x, p, seed], of which x wants a gradient, and an upstream gradient."""
+def forced(name: str, x: Tensor, seed: Tensor) -> Tensor:
+    with bench.force("dropout", name, x, seed, needs_grad=True):
+        return ops.dropout(x, P, seed)
+
+
+def operands(count: int, width: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """[x, seed], of which x wants a gradient, and an upstream gradient."""
     x, dy = (torch.randn(count, width).to(DEVICE, dtype) for _ in range(2))
-    return [x.requires_grad_(), P, torch.tensor([7], device=DEVICE)], dy
+    return [x.requires_grad_(), torch.tensor([7], device=DEVICE)], dy
 
 
 @cache
@@ -79,7 +83,7 @@ def group(width: int, dtype: torch.dtype, direction: str, torch_compile: bool) -
     found, _ = candidates(torch_compile)
     for name, function in found.items():
         if name in BACKENDS:  # torch's own draws other noise
-            bench.check(f"dropout on {name}", function, eager, operands(64, width, dtype)[0])
+            bench.check(f"dropout on {name}", function, definition, operands(64, width, dtype)[0])
     sets = bench.inputs(partial(operands, ROWS, width, dtype), 2 * ROWS * width * dtype.itemsize, DEVICE)
     tasks = {name: bench.one_pass(f, direction, itertools.cycle(sets).__next__) for name, f in found.items()}
     return bench.interleave(tasks, DEVICE, warmup=len(sets))

@@ -25,24 +25,18 @@ GPTFAST_PER_ISA(void add_layer_norm_forward(const AddLayerNorm& args, int64_t fi
 namespace gptfast::cpu::GPTFAST_ISA {
 namespace {
 
-template <typename T, int kRows>
-GPTFAST_INLINE void add_group(const AddLayerNorm& args, int64_t row) {
-  const int64_t columns = args.norm.columns, start = row * columns;
-  const T *residual = static_cast<const T*>(args.residual) + start, *x = static_cast<const T*>(args.norm.x) + start;
-  T* total = static_cast<T*>(args.total) + start;
-  for_columns(kRows * columns, [&](int64_t i, int lanes) {
-    store_lanes(total + i, load_lanes(residual + i, lanes) + load_lanes(x + i, lanes), lanes);
-  });
-  float sums[kRows];
-  sum_rows<kRows>(total, columns, sums, [](int, Vec value) { return value; });
-  normalise_rows<kRows>(args.norm, row, total, sums);
-}
-
 template <typename T>
 void add_rows(const AddLayerNorm& args, int64_t first_row, int64_t end_row) {
-  int64_t row = first_row;
-  for (; row + kGroup <= end_row; row += kGroup) add_group<T, kGroup>(args, row);
-  for (; row < end_row; ++row) add_group<T, 1>(args, row);
+  const int64_t columns = args.norm.columns;
+  for (int64_t row = first_row; row < end_row; ++row) {
+    const int64_t start = row * columns;
+    const T *residual = static_cast<const T*>(args.residual) + start, *x = static_cast<const T*>(args.norm.x) + start;
+    T* total = static_cast<T*>(args.total) + start;
+    for_columns(columns, [&](int64_t i, int lanes) {
+      store_lanes(total + i, load_lanes(residual + i, lanes) + load_lanes(x + i, lanes), lanes);
+    });
+    normalise_row(args.norm, row, total, sum_values(total, columns, [](Vec value) { return value; }));
+  }
   if (args.norm.stream) finish_streams();
 }
 

@@ -1,7 +1,8 @@
 // layer_norm on rows in memory: forward, backward and the last step of the parameters' gradients; add_layer_norm_kernel.h shares it.
 // A row stays in the first-level cache for the two passes of its statistics and the one that writes it, so memory is read once and
-// written once: 2 elements a value forward, 3 backward, which is what limits it. kGroup rows are taken at a time: their sums do not
-// wait for each other, and the parameters and the sums for dweight and dbias are loaded and stored once a group.
+// written once: 2 elements a value forward, 3 backward, which is what limits it. Rows are taken one after the other, in the order in
+// which the hardware fetches ahead: several at a time save operations and lose a third of the bandwidth. Only where a row and the sums
+// for dweight and dbias do not fit the first-level cache together does backward take kGroup rows for each pass over these sums.
 #pragma once
 
 #include "cpu/isa.h"
@@ -39,45 +40,31 @@ namespace gptfast::cpu::GPTFAST_ISA {
 namespace {
 
 constexpr int kGroup = 4;
+constexpr int64_t kNear = 24576;  // bytes that stay in the first-level cache
 
-// y, mean and rstd of kRows rows: x, whose sums the caller knows
-template <int kRows, typename T>
-GPTFAST_INLINE void normalise_rows(const LayerNorm& args, int64_t row, const T* x, const float* sums) {
+// y, mean and rstd of one row: x, whose sum the caller knows
+template <typename T>
+GPTFAST_INLINE void normalise_row(const LayerNorm& args, int64_t row, const T* x, float sum_x) {
   const int64_t columns = args.columns;
-  const float *weight = args.weight, *bias = args.bias, count = static_cast<float>(columns);
+  const float *weight = args.weight, *bias = args.bias, count = static_cast<float>(columns), mean = sum_x / count;
   const bool past_caches = args.stream;
   T* y = static_cast<T*>(args.y) + row * columns;
-  Vec mean[kRows], rstd[kRows];
-  float squares[kRows];
-  for (int r = 0; r < kRows; ++r) mean[r] = set(sums[r] / count);
-  sum_rows<kRows>(x, columns, squares, [&](int r, Vec value) { return (value - mean[r]) * (value - mean[r]); });
-  for (int r = 0; r < kRows; ++r) {
-    args.mean[row + r] = sums[r] / count;
-    args.rstd[row + r] = 1.0f / __builtin_sqrtf(squares[r] / count + args.eps);
-    rstd[r] = set(args.rstd[row + r]);
-  }
+  const float squares = sum_values(x, columns, [&](Vec value) { return (value - set(mean)) * (value - set(mean)); });
+  const float rstd = 1.0f / __builtin_sqrtf(squares / count + args.eps);
   for_columns(columns, [&](int64_t i, int lanes) {
-    const Vec w = load_lanes(weight + i, lanes), b = load_lanes(bias + i, lanes);
-    for (int r = 0; r < kRows; ++r) {
-      const Vec normal = (load_lanes(x + r * columns + i, lanes) - mean[r]) * rstd[r];
-      store_or_stream(y + r * columns + i, normal * w + b, lanes, past_caches);
-    }
+    const Vec normal = (load_lanes(x + i, lanes) - set(mean)) * set(rstd);
+    store_or_stream(y + i, normal * load_lanes(weight + i, lanes) + load_lanes(bias + i, lanes), lanes, past_caches);
   });
-}
-
-template <typename T, int kRows>
-GPTFAST_INLINE void forward_group(const LayerNorm& args, int64_t row) {
-  const T* x = static_cast<const T*>(args.x) + row * args.columns;
-  float sums[kRows];
-  sum_rows<kRows>(x, args.columns, sums, [](int, Vec value) { return value; });
-  normalise_rows<kRows>(args, row, x, sums);
+  args.mean[row] = mean;
+  args.rstd[row] = rstd;
 }
 
 template <typename T>
 void forward_rows(const LayerNorm& args, int64_t first_row, int64_t end_row) {
-  int64_t row = first_row;
-  for (; row + kGroup <= end_row; row += kGroup) forward_group<T, kGroup>(args, row);
-  for (; row < end_row; ++row) forward_group<T, 1>(args, row);
+  for (int64_t row = first_row; row < end_row; ++row) {
+    const T* x = static_cast<const T*>(args.x) + row * args.columns;
+    normalise_row(args, row, x, sum_values(x, args.columns, [](Vec value) { return value; }));
+  }
   if (args.stream) finish_streams();
 }
 
@@ -93,14 +80,14 @@ GPTFAST_INLINE void backward_group(const LayerNorm& args, int64_t row, float* dw
   const bool past_caches = args.stream;
   Vec mean[kRows], rstd[kRows], sum_g[kRows] = {}, sum_products[kRows] = {};
   for (int r = 0; r < kRows; ++r) mean[r] = set(args.mean[row + r]), rstd[r] = set(args.rstd[row + r]);
-  for_columns(columns, [&](int64_t i, int lanes) {
-    const Vec w = load_lanes(weight + i, lanes);
-    for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < kRows; ++r) {
+    for_columns(columns, [&](int64_t i, int lanes) {
+      const Vec w = load_lanes(weight + i, lanes);
       const Vec g = rounded(load_lanes(dy + r * columns + i, lanes) * w);  // 0 in a missing lane
       sum_g[r] += g;
       sum_products[r] += g * (load_lanes(x + r * columns + i, lanes) - mean[r]);
-    }
-  });
+    });
+  }
   Vec mean_g[kRows], slope[kRows];  // of g, and of what stands before x - mean
   for (int r = 0; r < kRows; ++r) {
     const float count = static_cast<float>(columns);
@@ -131,7 +118,8 @@ void backward_rows(const LayerNorm& args, int64_t first_row, int64_t end_row, fl
   const int64_t columns = args.columns;
   for_columns(2 * columns, [&](int64_t i, int lanes) { store_lanes(sums + i, set(0), lanes); });
   int64_t row = first_row;
-  for (; row + kGroup <= end_row; row += kGroup) backward_group<T, kGroup, kAdd>(args, row, sums, sums + columns);
+  const bool grouped = columns * static_cast<int64_t>(3 * sizeof(T) + 3 * sizeof(float)) > kNear;
+  for (; grouped && row + kGroup <= end_row; row += kGroup) backward_group<T, kGroup, kAdd>(args, row, sums, sums + columns);
   for (; row < end_row; ++row) backward_group<T, 1, kAdd>(args, row, sums, sums + columns);
   if (args.stream) finish_streams();
 }

@@ -235,24 +235,25 @@ GPTFAST_INLINE void load_pair(const bf16* p, Vec& a, Vec& b) {
   b = (Vec)(both & 0xffff0000u);
 }
 
-// out[r] = sum of f(r, value) over the columns of kRows rows of x, where the order of the values does not matter
-template <int kRows, typename T, typename F>
-GPTFAST_INLINE void sum_rows(const T* x, int64_t columns, float* out, F f) {
-  Vec a[kRows] = {}, b[kRows] = {};
+// Sum of f(value) over p[0..columns), where the order of the values does not matter
+template <typename T, typename F>
+GPTFAST_INLINE float sum_values(const T* p, int64_t columns, F f) {
+  Vec a = set(0), b = set(0), c = set(0), d = set(0);
   int64_t i = 0;
-  for (; i + 2 * kWidth <= columns; i += 2 * kWidth) {
-    for (int r = 0; r < kRows; ++r) {
-      Vec one, other;
-      load_pair(x + r * columns + i, one, other);
-      a[r] += f(r, one);
-      b[r] += f(r, other);
-    }
+  for (; i + 4 * kWidth <= columns; i += 4 * kWidth) {
+    Vec first[2], second[2];
+    load_pair(p + i, first[0], first[1]);
+    load_pair(p + i + 2 * kWidth, second[0], second[1]);
+    a += f(first[0]);
+    b += f(first[1]);
+    c += f(second[0]);
+    d += f(second[1]);
   }
   for (; i < columns; i += kWidth) {
     const int lanes = columns - i < kWidth ? static_cast<int>(columns - i) : kWidth;
-    for (int r = 0; r < kRows; ++r) a[r] += keep_first(f(r, load_lanes(x + r * columns + i, lanes)), lanes);
+    a += keep_first(f(load_lanes(p + i, lanes)), lanes);
   }
-  for (int r = 0; r < kRows; ++r) out[r] = sum(a[r] + b[r]);
+  return sum((a + b) + (c + d));
 }
 
 }  // namespace

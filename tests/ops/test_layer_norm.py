@@ -15,7 +15,7 @@ from gptfast.ops import layer_norm
 from gptfast.ops.layer_norm import eager
 from gptfast.testing import LAYOUTS, Target, arrange, check_op, random, same_bits
 
-SHAPES = [(2, 3, 768), (5, 1), (1, 7), (4, 65), (3, 1600), (0, 65), (7, 1023)]
+SHAPES = [(2, 3, 768), (5, 1), (1, 7), (4, 65), (3, 1600), (6, 1400), (0, 65), (7, 1023)]
 WIDE = [(1, 5000), (130, 33)]
 
 
@@ -246,7 +246,7 @@ def test_large_results_are_whole(isa: str) -> None:
 def test_every_instruction_set(isa: str, precision: str) -> None:
     target = Target("cpp", precision, "cpp")
     with testing.forced_isa(isa):
-        for shape in ((5, 1), (9, 65), (70, 96)):
+        for shape in ((5, 1), (9, 65), (70, 96), (3, 111), (6, 1400)):
             check(sample(shape, target.dtype), target)
 
 
