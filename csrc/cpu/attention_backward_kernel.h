@@ -167,7 +167,7 @@ bool statistics(const Attention& args, const BackwardMemory<Product>& memory, in
     const T *o = static_cast<const T*>(args.o) + row, *upstream = static_cast<const T*>(args.upstream) + row;
     const float delta = sum_columns(args.size, [&](int64_t d, int n) { return load_lanes(o + d, n) * load_lanes(upstream + d, n); });
     const float lse = args.lse[(b * args.heads + h) * args.length + t] * kLog2E;
-    if (!(delta - delta == 0) || !(lse - lse == 0)) memory.bad[t] = 1;
+    if (!(lse - lse == 0)) memory.bad[t] = 1;
     any |= memory.bad[t];
     if (memory.bad[t]) continue;
     memory.lse[t] = lse;
@@ -196,7 +196,7 @@ bool pack_queries(const Attention& args, const Shape<Product>& shape, const Back
   return any;
 }
 
-// A token of k or v that is not finite makes o NaN in every row that sees it, so these rows are marked in `bad` already
+// A token of k or v that is not finite makes lse NaN in every row that sees it, so these rows are marked in `bad` already
 template <typename T, typename Product>
 void pack_key_block(const Attention& args, const Shape<Product>& shape, const BackwardMemory<Product>& memory, int64_t b, int64_t h,
                     int64_t first) {
