@@ -3,12 +3,12 @@
     total = residual + x;                      y = layer_norm(total)
     total = total + dropout(linear(attention(linear(y))));   y = layer_norm(total);   out = dropout(linear(gelu(linear(y))))
 
-residual and x are the pair that blocks pass on: the residual stream, and the last sublayer's output that is not yet added to it (None
-stands for 0); total and out are the same pair one block later. All [B, T, C], fp32|bf16|fp16 (eager also fp64); weights in the order of
-PARAMETERS, matrices [in, out] as GPT-2 stores them, in the same dtype where a kernel runs.
+residual and x are the pair that blocks pass on: the residual stream, and the last sublayer's output that is not yet added to it
+(None stands for 0); total and out are the same pair one block later. All [B, T, C], fp32|bf16|fp16 (eager also fp64); weights in
+the order of PARAMETERS, matrices [in, out] as GPT-2 stores them, in the same dtype where a kernel runs.
 
-The kernel is the leaves of the ops above, called in turn without Python or autograd between them: where a model is small, autograd's
-bookkeeping for an op takes longer (0.1 ms on a CPU) than what it computes.
+The kernel is the leaves of the ops above, called in turn without Python or autograd between them: where a model is small,
+autograd's bookkeeping for an op takes longer (0.1 ms on a CPU) than what it computes.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def _limits(name: str, inputs: tuple[Any, ...], needs_grad: bool) -> str | None:
         return "residual, x and weights of several dtypes"
     if needs_grad and not all(t.requires_grad for t in tensors[1:]):
         return "weights without a gradient, which it would compute"
-    x = residual.flatten(0, 1)
-    q = residual.view(*residual.shape[:2], heads, -1)
+    x = residual.detach().reshape(-1, residual.shape[-1])
+    q = x.view(x.shape[0], 1, heads, x.shape[1] // heads)
     for op in _PARTS:
         other = backend.choose(op, q if op == "attention" else x, needs_grad=needs_grad)
         if other != name:
@@ -81,7 +81,7 @@ def eager(
         total, y = residual, layer_norm(residual, w1, b1, eps)
     else:
         total, y = add_layer_norm(residual, x.to(residual.dtype), w1, b1, eps)
-    q, k, v = linear(y, w_qkv.t(), b_qkv).view(batch, length, 3, heads, -1).unbind(2)
+    q, k, v = linear(y, w_qkv.t(), b_qkv).view(batch, length, 3, heads, width // heads).unbind(2)
     o = attention(q, k, v, scale, document_ids, *((attention_p, seeds[:1]) if seeds is not None and attention_p > 0 else ()))
     y = drop(linear(o.reshape(batch, length, width), w_o.t(), b_o), 1)
     total, y = add_layer_norm(total, y.to(total.dtype), w2, b2, eps)
@@ -92,8 +92,8 @@ if backend.has_schema("transformer_block"):
 
     @torch.library.register_fake("gptfast::transformer_block")  # type: ignore[untyped-decorator]
     def _(
-        residual: Tensor, x: Tensor | None, weights: Sequence[Tensor], document_ids: Tensor | None, seeds: Tensor | None, heads: int,
-        scale: float, eps: float, approximate: str, attention_p: float, residual_p: float,
+        residual: Tensor, x: Tensor | None, weights: Sequence[Tensor], document_ids: Tensor | None, seeds: Tensor | None,
+        heads: int, scale: float, eps: float, approximate: str, attention_p: float, residual_p: float,
     ) -> list[Tensor]:  # fmt: skip
         batch, length, width = residual.shape
         count, inner = batch * length, weights[8].shape[1]
@@ -108,8 +108,9 @@ if backend.has_schema("transformer_block"):
         lse = residual.new_empty(batch, heads, length, dtype=torch.float32)
         first = residual.new_empty(0, width) if x is None else rows(width)
         o = residual.new_empty(batch, length, heads, width // heads)
-        kept = [first, statistics(), statistics(), rows(width), qkv, o, lse, statistics(), statistics(), rows(width), rows(inner), rows(inner)]
-        return [torch.empty_like(residual), torch.empty_like(residual), *kept]
+        attended = [first, statistics(), statistics(), rows(width), qkv, o, lse]
+        expanded = [statistics(), statistics(), rows(width), rows(inner), rows(inner)]
+        return [torch.empty_like(residual), torch.empty_like(residual), *attended, *expanded]
 
     @torch.library.register_fake("gptfast::transformer_block_backward")  # type: ignore[untyped-decorator]
     def _(
@@ -138,10 +139,10 @@ class _Fast(torch.autograd.Function):
         residual, total, document_ids, seeds, *rest = ctx.saved_tensors
         kept, weights = rest[: ctx.kept], rest[ctx.kept :]
         heads, scale, _, approximate, *probabilities = ctx.statics
-        leaf, deterministic = backend.impl("transformer_block", ctx.name).backward, torch.are_deterministic_algorithms_enabled()
-        d, *gradients = leaf(
-            d_total.contiguous(), d_out.contiguous(), total if residual is None else residual, total, kept, weights, document_ids, seeds,
-            heads, scale, approximate, *probabilities, deterministic,
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        d, *gradients = backend.impl("transformer_block", ctx.name).backward(
+            d_total.contiguous(), d_out.contiguous(), total if residual is None else residual, total, kept, weights, document_ids,
+            seeds, heads, scale, approximate, *probabilities, deterministic,
         )  # fmt: skip
         return None, None, None, None, d, d if ctx.has_x else None, *gradients
 
