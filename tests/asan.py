@@ -27,8 +27,8 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 CXXFLAGS = [*SANITIZE, "-O1", "-g1", "-fno-omit-frame-pointer"]
 DEFAULT = ["tests/ops", "-k", "not triton and not cuda"]
 SECONDS = "3 to 10 minutes to build the first time, about 10 for tests/ops; ARGS=tests/ops/test_layer_norm.py is a part of it"
-# store_lanes(y + i, ...) of the forward pass: the last store of the last row ends one element past the tensor
-PLANT = ("csrc/cpu/layer_norm_kernel.h", "store_lanes(y + i, normal", "store_lanes(y + i + 1, normal")
+# store_or_stream(y + i, ...) of the forward pass: the last store of the last row ends one element past the tensor
+PLANT = ("csrc/cpu/layer_norm_kernel.h", "store_or_stream(y + i, normal", "store_or_stream(y + i + 1, normal")
 
 
 def build() -> None:

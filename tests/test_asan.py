@@ -14,7 +14,7 @@ from gptfast import testing
 from gptfast.testing import campaigns
 
 ROOT = Path(__file__).parent.parent
-BEFORE, AFTER = "store_lanes(y + i, normal", "store_lanes(y + i + 1, normal"
+BEFORE, AFTER = "store_or_stream(y + i, normal", "store_or_stream(y + i + 1, normal"
 PROGRAM = """
 #define GPTFAST_ISA plain
 #include "layer_norm_kernel.h"
