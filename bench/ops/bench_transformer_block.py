@@ -1,5 +1,5 @@
-"""transformer_block, forward and backward, at the sizes of GPT-2 124M and of a character model, beside the ops called one by one and
-plain PyTorch.
+"""transformer_block, forward and backward, at the sizes of GPT-2 124M and of a character model, beside the ops called one by one
+and plain PyTorch.
 
     pytest bench/ops/bench_transformer_block.py -k "character and bfloat16"
 
@@ -71,7 +71,8 @@ def candidates(heads: int) -> tuple[dict[str, Callable[..., Tensor]], str | None
     found: dict[str, Callable[..., Tensor]] = {"op by op": partial(op_by_op, heads), "torch": partial(peer, heads)}
     try:
         for dtype in DTYPES:
-            bench.check("transformer_block on cpp", partial(fused, heads), definition, operands((2, 9, heads, 32 * heads), dtype)[0])
+            small = operands((2, 9, heads, 32 * heads), dtype)[0]
+            bench.check("transformer_block on cpp", partial(fused, heads), definition, small)
     except Error as refusal:
         return found, str(refusal)
     return {"cpp": partial(fused, heads), **found}, None

@@ -15,3 +15,4 @@
 #include "cpu/grad_norm_kernel.h"
 #include "cpu/layer_norm_kernel.h"
 #include "cpu/partials_kernel.h"
+#include "cpu/transpose_kernel.h"

@@ -16,6 +16,7 @@
 #include "cpu/matmul.h"
 #include "cpu/partials_kernel.h"
 #include "cpu/tensor.h"
+#include "cpu/transpose_kernel.h"
 
 namespace gptfast::cpu {
 namespace {
@@ -51,6 +52,18 @@ bool takes(const at::Tensor& a) {
 const OneDnn& onednn() {
   static const OneDnn found;
   return found;
+}
+
+// a [N, K] with the columns of a contiguous [K, N]: a copy with contiguous rows
+at::Tensor with_rows(const at::Tensor& a) {
+  at::Tensor result = at::empty(a.sizes(), a.options());
+  const float* from = a.const_data_ptr<float>();
+  float* to = result.mutable_data_ptr<float>();
+  const int64_t rows = a.size(1), columns = a.size(0);  // of what lies in memory
+  at::parallel_for(0, columns, std::max<int64_t>(16, grain(rows) / 16 * 16), [&](int64_t begin, int64_t end) {
+    GPTFAST_CALL(transpose_columns, from, rows, columns, begin, end, to);
+  });
+  return result;
 }
 
 // Column sums of dy [N, M] in fp32, in an order that the shape alone decides
@@ -104,7 +117,8 @@ std::string fp32_products() { return onednn().product ? "oneDNN" : "ATen: " + on
 at::Tensor multiply(const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias) {
   const at::AutoDispatchBelowAutograd leaf;  // ours are leaves of the dispatcher, these are not
   if (onednn().product && a.numel() != 0 && b.numel() != 0 && takes(a)) {
-    return onednn().product->call(a, b, bias, "none", c10::List<std::optional<at::Scalar>>(), std::nullopt);
+    const bool transposed = a.stride(0) == 1 && a.stride(1) == a.size(0) && a.scalar_type() == at::kFloat;
+    return onednn().product->call(transposed ? with_rows(a) : a, b, bias, "none", c10::List<std::optional<at::Scalar>>(), std::nullopt);
   }
   return has(bias) ? at::addmm(*bias, a, b.t()) : at::mm(a, b.t());
 }
