@@ -66,10 +66,10 @@ def test_an_op_has_one_name(folder: str, pattern: str) -> None:
     """A file in these folders is named after an op, or is one of the folder's shared files."""
     shared = {
         "csrc/cpu": {
-            "vec", "vec_types", "vec_math", "vec_product", "philox_vec", "isa", "tensor", "matmul", "memory", "kernels", "convert",
-            "partials", "transpose", "kernels_plain", "kernels_avx2", "kernels_avx512", "exact", "exact_plain", "exact_avx2", "exact_avx512",
-            "exact_vec", "select_vec", "sample_row", "sample_filters", "sample_draw", "paged", "paged_tensor",
-            "attention_backward", "attention_block",
+            "vec", "vec_types", "vec_math", "vec_product", "philox_vec", "isa", "tensor", "matmul", "memory", "kernels",
+            "convert", "partials", "transpose", "kernels_plain", "kernels_avx2", "kernels_avx512",
+            "exact", "exact_plain", "exact_avx2", "exact_avx512", "exact_vec", "select_vec", "sample_row", "sample_filters",
+            "sample_draw", "paged", "paged_tensor", "attention_backward", "attention_block",
         },
         "csrc/cuda": {"ptx", "vec", "reduce", "launch", "array", "launchers", "bindings"},
     }.get(folder, set())

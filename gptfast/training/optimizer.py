@@ -50,6 +50,10 @@ class AdamW(torch.optim.AdamW):
         (together,) = self._together(params)
         self._call(together, decay, groups[0], lr, scale, finite, copies)
 
+    def reserve(self) -> None:
+        """State for every parameter now and not at the first step, so that it lies apart from what a step allocates and frees."""
+        self._together([p for group in self.param_groups for p in group["params"]])
+
     def _call(
         self, params: list[Tensor], decay: list[float], group: dict[str, Any], lr: Tensor, scale: Tensor, finite: Tensor,
         copies: list[Tensor] | None,

@@ -71,6 +71,7 @@ class Step:
         self._memory = backend.step_memory(device)
         self.copies = None if dtype == torch.float32 else [p.detach().to(dtype) for p in self.params]
         self._dtype = dtype
+        optimizer.reserve()
         self._groups, self._frozen = self._sites()
 
     def _sites(self) -> tuple[list[list[_Site]], list[tuple[nn.Module, str]]]:
