@@ -89,7 +89,8 @@ pybind11::dict build_info() {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "gptfast's C++ ops; importing it registers them as torch.ops.gptfast.*";
-  m.def("build_info", &build_info, "dict: torch (version built against), compiler, openmp, isas (that this CPU can run), isa (in use), fp32_products (by what)");
+  m.def("build_info", &build_info, "dict: torch (version built against), compiler, openmp, isas (that this CPU can run), isa (in use),"
+                                   " fp32_products (which library computes them)");
   m.def("set_isa", &gptfast::cpu::set_isa, "Use the kernels of one instruction set from now on; ValueError if this CPU lacks it");
   using gptfast::cpu::StepMemory;
   pybind11::class_<StepMemory>(m, "StepMemory", "While entered, large tensors of this thread come from memory that is kept between steps")

@@ -149,6 +149,9 @@ def _extensions(torch: Any) -> Iterator[dict[str, Any]]:
         if reason is None:
             contents = " ".join(record["extensions"][name])
             yield _finding(group, f"gptfast.{name}", f"built for {contents}, torch {record['torch']} ({record['compiler']})")
+            if name == "_C":
+                library = importlib.import_module("gptfast._C").build_info()["fp32_products"]
+                yield _finding(group, "fp32 products", library, library == "oneDNN")
         else:
             text = f"{reason}; every op runs on PyTorch where {what} are missing"
             yield _finding(group, f"gptfast.{name}", text, False, build_command())

@@ -168,6 +168,18 @@ def test_native_code_includes_downward() -> None:
         assert not any(re.match(r"(torch/extension|c10/cuda|ATen/cuda)", line) for line in includes(path)), name(path)
 
 
+def test_native_code_computes_by_itself() -> None:
+    """ATen gives memory and views; what is computed is computed by kernels, and matrix products by linear.cpp alone."""
+    memory, products = {"empty", "empty_like"}, {"mm", "addmm"}
+    for path in (ROOT / "csrc").rglob("*.*"):
+        text = path.read_text()
+        used = set(re.findall(r"#include <ATen/ops/(\w+)\.h>", text))
+        assert used <= memory | (products if path.name == "linear.cpp" else set()), name(path)
+        assert not re.search(r"#include <(ATen/ATen|ATen/Functions|torch/torch|torch/extension)\.h>", text), name(path)
+        computing = re.findall(r"[.>](to|contiguous|clone|copy_|zero_|fill_|sum|add_|mul_|sub_|div_|matmul|mm)\(", text)
+        assert computing == [], f"{name(path)}: {computing}"
+
+
 # ------------------------------------------------------------------------------------------------------------------------- lengths
 
 

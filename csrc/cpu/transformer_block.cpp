@@ -1,5 +1,5 @@
-// A transformer block on the CPU: the ops' own entries of the dispatcher, called in turn. Nothing is computed here. What a small model's
-// step spends between its kernels, in Python and in autograd, is what this saves.
+// A transformer block on the CPU: the ops' own entries of the dispatcher, called in turn. Nothing is computed here. What a small
+// model's step spends between its kernels, in Python and in autograd, is what this saves.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -113,7 +113,8 @@ std::vector<Tensor> transformer_block_cpu(const Tensor& residual, const Optional
   const Tensor hidden = ops().linear.call(y_2, w.fc.t(), std::nullopt);
   const Tensor active = ops().gelu.call(hidden, w.fc_bias, approximate);
   const Tensor out = drop.forward(ops().linear.call(active, w.proj.t(), w.proj_bias), drop.seed_2);
-  return {total_2.view(residual.sizes()), out.view(residual.sizes()), total, mean, rstd, y, qkv, o, lse, mean_2, rstd_2, y_2, hidden, active};
+  const auto sizes = residual.sizes();
+  return {total_2.view(sizes), out.view(sizes), total, mean, rstd, y, qkv, o, lse, mean_2, rstd_2, y_2, hidden, active};
 }
 
 // residual: the block's input where it had no x, else total again; total: the block's first output; kept: its outputs from the third on
@@ -136,8 +137,9 @@ std::vector<Tensor> transformer_block_backward_cpu(const Tensor& d_total, const 
   std::tie(d, dw_2, db_2) = ops().add_layer_norm_backward.call(d_total.view({-1, width}), rows, total.view({-1, width}), w.ln_2, kept[7],
                                                                kept[8]);
   std::tie(rows, dw_o, db_o) = ops().linear_backward.call(drop.backward(d, drop.seed_1), o.view({-1, width}), w.o.t());
-  const Tensor dqkv = ops().attention_backward.call(rows.view(o.sizes()), qkv.select(2, 0), qkv.select(2, 1), qkv.select(2, 2), o, lse, scale,
-                                                    document_ids, drop.attention_p, drop.attention_seed, deterministic);
+  const Tensor q = qkv.select(2, 0), k = qkv.select(2, 1), v = qkv.select(2, 2);
+  const Tensor dqkv = ops().attention_backward.call(rows.view(o.sizes()), q, k, v, o, lse, scale, document_ids, drop.attention_p,
+                                                    drop.attention_seed, deterministic);
   std::tie(rows, dw_qkv, db_qkv) = ops().linear_backward.call(dqkv.view({-1, 3 * width}), y, w.qkv.t());
   std::tie(d, dw_1, db_1) = ops().add_layer_norm_backward.call(d, rows, first, w.ln_1, kept[1], kept[2]);
   return {d.view(d_total.sizes()), dw_1, db_1, dw_qkv.t(), db_qkv, dw_o.t(), db_o, dw_2, db_2, dw_fc.t(), db_fc, dw_proj.t(), db_proj};
