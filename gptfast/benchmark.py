@@ -26,7 +26,7 @@ from torch import Tensor
 
 from gptfast import proof
 from gptfast._environment import check_backend, check_op
-from gptfast.backend import supports, use
+from gptfast.backend import step_memory, supports, use
 from gptfast.errors import Error, LoadError
 
 T = TypeVar("T")
@@ -72,25 +72,32 @@ def summarise(samples: list[float]) -> Timing:
 
 
 def interleave(
-    candidates: Mapping[str, Callable[[], Any]], device: str = "cpu", rounds: int = 7, seconds: float = 0.05, warmup: int = 1
+    candidates: Mapping[str, Callable[[], Any]],
+    device: str = "cpu",
+    rounds: int = 7,
+    seconds: float = 0.05,
+    warmup: int = 1,
+    keep_memory: bool = True,
 ) -> dict[str, Timing]:
     """Times every candidate in each of `rounds` rounds, each round starting with the next one.
 
     A sample repeats the call until it lasts about `seconds`; that calibration and `warmup` calls before it (allocations,
-    compilation, one for each operand set that keeps a graph) are not counted. Raises gptfast.Error for fewer than five rounds: a
-    median of less says nothing on a shared machine.
+    compilation, one for each operand set that keeps a graph) are not counted. With keep_memory every candidate's large tensors on a
+    CPU come from memory that is kept, as in a training step: clearing new pages takes the system longer than most kernels here,
+    whoever asks for them. Raises gptfast.Error for fewer than five rounds: a median of less says nothing on a shared machine.
     """
     if rounds < MIN_ROUNDS:
         raise Error(f"benchmark: {rounds} rounds; at least {MIN_ROUNDS} are needed for a median with a spread")
     calls = {}
-    for name, function in candidates.items():
-        _sample(function, warmup, device)
-        calls[name] = max(1, math.ceil(seconds / max(_sample(function, 1, device), 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
-    for start in range(rounds):
-        for name in (*names[start % len(names):], *names[:start % len(names)]):
-            samples[name].append(_sample(candidates[name], calls[name], device))
+    with step_memory(torch.device(device)) if keep_memory else contextlib.nullcontext():
+        for name, function in candidates.items():
+            _sample(function, warmup, device)
+            calls[name] = max(1, math.ceil(seconds / max(_sample(function, 1, device), 1e-7)))
+        for start in range(rounds):
+            for name in (*names[start % len(names):], *names[:start % len(names)]):
+                samples[name].append(_sample(candidates[name], calls[name], device))
     return {name: summarise(values) for name, values in samples.items()}
 
 
