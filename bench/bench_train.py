@@ -104,7 +104,8 @@ def group(name: str, dtype: str, wanted: tuple[str, ...], rounds: int, place: Pa
         except Error as refusal:
             reasons[candidate] = str(refusal)
     seconds = 0.0 if name == "124m" else 0.3
-    timings = bench.interleave({n: _task(step, case) for n, step in found.items()}, rounds=rounds, seconds=seconds, keep_memory=False)
+    tasks = {n: _task(step, case) for n, step in found.items()}
+    timings = bench.interleave(tasks, rounds=rounds, seconds=seconds, keep_memory=False)  # each as its users run it
     rows = {}
     for candidate, timing in timings.items():
         row = result("train_step", case, dtype, candidate, timing)
