@@ -32,7 +32,7 @@ rows: list[dict[str, Any]] = []
 
 
 def fused(heads: int, residual: Tensor, x: Tensor, *weights: Tensor) -> Tensor:
-    with bench.force("transformer_block", "cpp", residual, heads, x, *weights, needs_grad=True):
+    with bench.force("transformer_block", "cpp", residual, x, *weights, heads, needs_grad=True):
         total, out = ops.transformer_block(residual, x, weights, heads, (residual.shape[-1] // heads) ** -0.5)
     return torch.stack((total, out))
 

@@ -41,12 +41,12 @@ _dtypes = limit_dtypes("transformer_block")
 
 @backend.limits("transformer_block")
 def _limits(name: str, inputs: tuple[Any, ...], needs_grad: bool) -> str | None:
-    residual, heads, *tensors = inputs
+    residual, heads = inputs[0], inputs[-1] if isinstance(inputs[-1], int) else 1
     if torch.is_autocast_enabled(residual.device.type):
         return "autocast, which looks at each product"
-    if any(t is not None and t.dtype != residual.dtype for t in tensors):
+    if any(isinstance(t, Tensor) and t.dtype != residual.dtype for t in inputs):
         return "residual, x and weights of several dtypes"
-    if needs_grad and not all(t.requires_grad for t in tensors[1:]):
+    if needs_grad and not all(weight.requires_grad for weight in inputs[2:-1]):
         return "weights without a gradient, which it would compute"
     x = residual.detach().reshape(-1, residual.shape[-1])
     q = x.view(x.shape[0], 1, heads, x.shape[1] // heads)
@@ -183,7 +183,7 @@ def transformer_block(
             raise Error(f"transformer_block: {label} has shape {tuple(weight.shape)}, needed is {shape}")
     statics = (heads, scale, eps, approximate, attention_p, residual_p)
     needs_grad = requires_grad(residual, x, *weights)
-    name = backend.choose("transformer_block", residual, heads, x, *weights, needs_grad=needs_grad)
+    name = backend.choose("transformer_block", residual, x, *weights, heads, needs_grad=needs_grad)
     if name == "eager":
         return eager(residual, x, weights, heads, scale, eps, approximate, document_ids, attention_p, residual_p, seeds)
     residual, x = residual.contiguous(), None if x is None else x.contiguous()
