@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -104,6 +107,24 @@ def test_it_holds_for_one_thread_and_for_one_entry(memory: Any) -> None:
         raise ZeroDivisionError
     block(2)
     assert memory.bytes_held == 0, "left after an exception too"
+
+
+PROGRAM = """
+import resource
+import torch
+from gptfast import _C
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20),) * 2)
+memory = _C.StepMemory()
+with memory:
+    print(int(torch.ones(1 << 20).sum()), memory.bytes_held)
+"""
+
+
+def test_a_limit_on_address_space_leaves_all_memory_to_pytorch() -> None:
+    testing.requires("cpp", backend.EXTENSIONS["_C"])
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=os.environ)
+    assert done.stdout.split() == [str(1 << 20), "0"], done.stderr
 
 
 def test_a_second_step_needs_no_new_memory() -> None:

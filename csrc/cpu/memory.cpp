@@ -20,11 +20,16 @@ class Arena {
  public:
   Arena() : size_(static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGE_SIZE)) {
     void* region = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    TORCH_CHECK(region != MAP_FAILED, "no address space for a training step's memory");
+    if (region == MAP_FAILED) {  // a limit on address space: then all memory is PyTorch's
+      size_ = 0;
+      return;
+    }
     madvise(region, size_, MADV_HUGEPAGE);  // a wish: without huge pages it is only slower
     base_ = top_ = static_cast<char*>(region);
   }
-  ~Arena() { munmap(base_, size_); }
+  ~Arena() {
+    if (size_ > 0) munmap(base_, size_);
+  }
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
 
@@ -82,7 +87,7 @@ class Arena {
 
   mutable std::mutex mutex_;
   size_t size_;
-  char *base_, *top_;  // nothing at or above top_ was ever handed out
+  char *base_ = nullptr, *top_ = nullptr;  // nothing at or above top_ was ever handed out
   std::map<char*, size_t> by_address_;
   std::set<std::pair<size_t, char*>> by_size_;
 };
