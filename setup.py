@@ -4,8 +4,8 @@ Two extensions: gptfast._C (C++, one object per instruction set for every *_kern
 nvcc, not a CUDA build of torch and not a GPU). Whatever cannot be built here is left out with its reason: the package then runs on
 PyTorch alone. `python setup.py build_ext --inplace` builds in a checkout; without torch (pip's build isolation) a pure-Python wheel
 results.
-Read from the environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS, CUDA_HOME, TORCH_CUDA_ARCH_LIST, GPTFAST_BUILD (names of the extensions
-to build, separated by commas; default: both).
+Read from the environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS, CUDA_HOME, TORCH_CUDA_ARCH_LIST, BUILD_EXTENSIONS (which of the
+two, separated by commas; default: both).
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def skip_reasons() -> dict[str, str]:
         reason = probe_compiler()
     if reason:
         return {"_C": reason, "_C_cuda": reason}
-    wanted = os.environ.get("GPTFAST_BUILD", "_C,_C_cuda").split(",")
-    skipped = {name: f"GPTFAST_BUILD asks for {', '.join(wanted)} only" for name in ("_C", "_C_cuda") if name not in wanted}
+    wanted = os.environ.get("BUILD_EXTENSIONS", "_C,_C_cuda").split(",")
+    skipped = {name: f"BUILD_EXTENSIONS asks for {', '.join(wanted)} only" for name in ("_C", "_C_cuda") if name not in wanted}
     cuda_reason = None if "_C_cuda" in skipped else probe_cuda(find_cuda())
     return {**skipped, "_C_cuda": cuda_reason} if cuda_reason else skipped
 

@@ -33,7 +33,7 @@ PLANT = ("csrc/cpu/layer_norm_kernel.h", "store_or_stream(y + i, normal", "store
 
 def build() -> None:
     """The extension, instrumented, in the copy."""
-    flags = {"CXXFLAGS": shlex.join(CXXFLAGS), "LDFLAGS": shlex.join(SANITIZE), "GPTFAST_BUILD": "_C", "PYTHONPATH": str(COPY)}
+    flags = {"CXXFLAGS": shlex.join(CXXFLAGS), "LDFLAGS": shlex.join(SANITIZE), "BUILD_EXTENSIONS": "_C", "PYTHONPATH": str(COPY)}
     command = [sys.executable, "-P", "setup.py", "-q", "build_ext", "--inplace"]
     subprocess.run(command, cwd=COPY, env={**os.environ, **flags}, check=True)
 
