@@ -23,10 +23,10 @@ PIP = $(VENV)/bin/python -m pip install -q --disable-pip-version-check -c .ci/co
 SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint build aot asan mutate bench clean
+.PHONY: help demo test lint build aot asan mutate campaigns bench clean
 
 help:  ## this list
-	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(DEMO_READY)  ## train a small GPT on the Python standard library's source and let it write (first run 5-8 min, then 3)
 	$(PY) -m gptfast demo
@@ -48,6 +48,8 @@ asan: $(TEST_READY)  ## the C++ op suite under Address- and UndefinedBehaviorSan
 
 mutate: $(TEST_READY)  ## does each op's test notice 12 one-place changes of its C++ kernel (3 min a kernel; ARGS="--file F --count 3")
 	$(PY) tests/mutate.py $(ARGS)
+
+campaigns: aot asan mutate  ## all long proofs, one after the other (1.5-2 h); counts go to tests/campaigns.json
 
 bench: $(TEST_READY)  ## GPT-2's training step beside PyTorch and nanoGPT (20-40 min; ARGS="-k char --nanogpt PATH" and bench/README.md)
 	$(PY) -m pytest bench/bench_train.py $(ARGS)

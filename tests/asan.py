@@ -7,18 +7,19 @@ The checkout is copied to build/asan/ and built in place there, so nothing that 
 what changed. Python and torch are not instrumented: what is watched is gptfast's own code, and every allocation that it gets. The
 compiler does not instrument masked intrinsics, so the kernels run in their plain form but for the tests that name an instruction
 set: those watch whole registers, and the plain form watches every element of a tail. Ends with 1 on a report, else with pytest's
-status; 3 where nothing was proven.
+status; 3 where nothing was proven. The whole default run is recorded in tests/campaigns.json.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-from gptfast.testing.campaigns import copy_checkout, sanitizer_environment, sanitizer_library
+from gptfast.testing.campaigns import copy_checkout, sanitizer_environment, sanitizer_library, write
 
 ROOT = Path(__file__).resolve().parent.parent
 COPY = ROOT / "build" / "asan"
@@ -38,6 +39,13 @@ def build() -> None:
     subprocess.run(command, cwd=COPY, env={**os.environ, **flags}, check=True)
 
 
+def record(summary: str, reports: int) -> None:
+    """Writes the counts of pytest's last line and the number of reports to tests/campaigns.json."""
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", summary)}
+    sources = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/cpu/**/*.*")]
+    write("asan", {"command": "python -P tests/asan.py", **counts, "reports": reports}, sources)
+
+
 def run(arguments: list[str]) -> int:
     """pytest in the copy under the sanitizers; prints the reports."""
     log = COPY / "report"
@@ -45,8 +53,16 @@ def run(arguments: list[str]) -> int:
         old.unlink()
     environment = {**os.environ, "GPTFAST_REQUIRE": "cpp", "PYTHONPATH": str(COPY), **sanitizer_environment(log)}
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    status = subprocess.run(command, cwd=COPY, env=environment).returncode
+    last = ""
+    with subprocess.Popen(command, cwd=COPY, env=environment, stdout=subprocess.PIPE, text=True, errors="replace") as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last = line.strip() or last
+    status = process.returncode
     reports = sorted(COPY.glob("report.*"))
+    if arguments == DEFAULT:
+        record(last, len(reports))
     for report in reports:
         print(f"\n{report.name}\n{report.read_text(errors='replace')[:6000]}")
     if reports:
