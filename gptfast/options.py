@@ -267,4 +267,6 @@ def to_yaml(title: str, instance: Any, known: Mapping[str, Key]) -> str:
 
     values = {name: _plain(getattr(instance, name)) for name in known}
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=False)
+    if any(line_break in text for line_break in "\x85\u2028\u2029"):  # written as they are, they are read back as spaces
+        text = yaml.safe_dump(values, sort_keys=False, default_flow_style=False)
     return f"# {title}\n{text}"

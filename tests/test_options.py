@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import pytest
 import typer
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptfast import Error, LoadError, options
@@ -132,8 +132,9 @@ plain_text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), ma
 
 
 @settings(max_examples=40, deadline=None)
+@example(sample=Sample(text="a\x85b\u2028\u2029", words=("\x85",)))
 @given(
-    st.builds(
+    sample=st.builds(
         Sample,
         whole=st.integers(1, 10), rate=st.floats(0, 1), free=st.floats(allow_nan=False), text=plain_text, flag=st.booleans(),
         name=st.sampled_from(["cosine", "constant"]), maybe=st.none() | st.integers(), ids=st.lists(st.integers(), max_size=3),
