@@ -18,6 +18,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from gptfast.testing.campaigns import copy_checkout, sanitizer_environment, sanitizer_library, write
 
@@ -47,26 +48,30 @@ def record(summary: str, reports: int) -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """pytest in the copy under the sanitizers; prints the reports."""
+    """pytest in the copy under the sanitizers; prints the reports. Undefined behaviour is reported on stderr and not in the file,
+    so pytest only captures what Python prints."""
     log = COPY / "report"
     for old in COPY.glob("report.*"):
         old.unlink()
     environment = {**os.environ, "GPTFAST_REQUIRE": "cpp", "PYTHONPATH": str(COPY), **sanitizer_environment(log)}
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    last = ""
-    with subprocess.Popen(command, cwd=COPY, env=environment, stdout=subprocess.PIPE, text=True, errors="replace") as process:
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", *arguments]
+    last, undefined = "", 0
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    with subprocess.Popen(command, cwd=COPY, env=environment, **pipes) as process:
         assert process.stdout is not None
         for line in process.stdout:
             print(line, end="", flush=True)
+            undefined += ": runtime error: " in line
             last = line.strip() or last
     status = process.returncode
     reports = sorted(COPY.glob("report.*"))
+    count = len(reports) + undefined
     if arguments == DEFAULT:
-        record(last, len(reports))
+        record(last, count)
     for report in reports:
         print(f"\n{report.name}\n{report.read_text(errors='replace')[:6000]}")
-    if reports:
-        print(f"asan: {len(reports)} report(s)")
+    if count:
+        print(f"asan: {count} report(s)")
         return 1
     print("asan: no report" if status == 0 else f"asan: no report, but pytest ended with {status}")
     return 3 if status == 5 else abs(status)

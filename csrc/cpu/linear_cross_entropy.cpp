@@ -97,7 +97,7 @@ Four linear_cross_entropy_cpu(const at::Tensor& x, const at::Tensor& weight, con
                      loss.mutable_data_ptr<float>() + first, lse.mutable_data_ptr<float>() + first, scratch.mutable_data_ptr<float>());
     if (need_grad) {
       const at::Tensor part = multiply(logits, weight.t());
-      std::memcpy(dx.narrow(0, first, length).mutable_data_ptr(), part.const_data_ptr(), part.nbytes());
+      if (length > 0) std::memcpy(dx.narrow(0, first, length).mutable_data_ptr(), part.const_data_ptr(), part.nbytes());
       dweight.add(logits, piece);
     }
     first += length;
