@@ -88,17 +88,17 @@ GPTFAST_INLINE Vec largest_of(const T* x, int64_t count, Vec largest) {
 }
 
 // A lane's maximum starts at the lowest number, not at -inf: a row of -inf then has the sum 0 and no inf - inf on the way to it.
+// Blocks are summed apart, so that a sum of many terms is rounded as seldom with 4 lanes as with 16.
 // With kKeep exp(x - its lane's maximum so far) goes to kept [vocab], and that maximum to maxima [blocks, kWidth]; kept may be x.
 template <bool kKeep, typename T>
 GPTFAST_INLINE Statistics statistics(const T* x, int64_t vocab, float* kept, float* maxima) {
-  Vec largest = set(kLowest), a = set(0), b = set(0), c = set(0), d = set(0);
+  Vec largest = set(kLowest), total = set(0);
   for (int64_t first = 0; first < vocab; first += kCrossEntropyBlock) {
     const int64_t count = vocab - first < kCrossEntropyBlock ? vocab - first : kCrossEntropyBlock;
     const T* block = x + first;
     const Vec before = largest;
     largest = largest_of(block, count, before);
-    const Vec shrink = exp_bounded(before - largest);
-    a *= shrink, b *= shrink, c *= shrink, d *= shrink;
+    Vec a = set(0), b = set(0), c = set(0), d = set(0);
     if constexpr (kKeep) store(maxima + first / kCrossEntropyBlock * kWidth, largest);
     const auto exponential = [&](int64_t i, int lanes) {
       const Vec e = exp_bounded(load_lanes(block + i, lanes) - largest);
@@ -116,9 +116,10 @@ GPTFAST_INLINE Statistics statistics(const T* x, int64_t vocab, float* kept, flo
       const Vec e = exponential(i + j, lanes);
       a += lanes == kWidth ? e : keep_first(e, lanes);
     });
+    total = total * exp_bounded(before - largest) + ((a + b) + (c + d));
   }
   const float most = max(largest);
-  return {most, sum(((a + b) + (c + d)) * exp_bounded(largest - set(most)))};
+  return {most, sum(total * exp_bounded(largest - set(most)))};
 }
 
 template <typename T>

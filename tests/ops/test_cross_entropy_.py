@@ -219,6 +219,7 @@ def test_every_instruction_set(isa, precision):
     with testing.forced_isa(isa):
         for columns, vocab in ((1, 1), (7, 5), (16, 16), (41, 37), (70, 64), (1100, 1061)):
             check(sample(6, columns, target.dtype, vocab=vocab), target)
+        check(sample(2, 50304, target.dtype, vocab=50257, scale=-2.5), target)  # as many terms as there are to sum
 
 
 @pytest.mark.parametrize("isa", ISAS)
