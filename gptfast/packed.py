@@ -14,10 +14,11 @@ import builtins
 import contextlib
 import hashlib
 import json
+import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeGuard
@@ -29,15 +30,18 @@ from gptfast import hub
 from gptfast.checkpoint import sync_folder
 from gptfast.config import GPT2Config
 from gptfast.errors import Error, LoadError
-from gptfast.packing import PackedWeight, packed_bytes
+from gptfast.packed_layout import ALIGNMENT, Entry, aligned, is_by_rows, is_matrix, layout, shapes, token_bytes
+from gptfast.packed_layout import end as payload_end
+from gptfast.packing import PackedWeight
 from gptfast.tokenizer import GPT2Tokenizer
 
 if TYPE_CHECKING:
     from gptfast.model import GPT2LMHeadModel
 
+__all__ = ["DTYPES", "Packed", "fingerprint", "is_packed", "layout", "open", "pack", "shapes", "token_bytes", "verify", "write"]
 MAGIC, VERSION = b"GPTFAST\0", 1
 DTYPES = ("fp32", "bf16", "int8", "int4")
-ALIGNMENT, PAGE = 64, 4096
+PAGE = 4096
 _PREFIX = struct.Struct("<8sIQ32s")
 _SEAL = struct.Struct("<32s8s")
 _HEADER_LIMIT = 1 << 26  # bytes; 1,024 blocks need 2 MB
@@ -46,16 +50,6 @@ _TOKENIZER, _GENERATION = "tokenizer", "generation_config.json"
 
 
 # ------------------------------------------------------------------------------------------------------------------ what is in it
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file: `format` of its buffer, `shape` [outputs, inputs] of a matrix or [...] of a plain fp32 tensor."""
-
-    format: str
-    shape: tuple[int, ...]
-    offset: int
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -84,9 +78,19 @@ class Packed:
         except (ValueError, TypeError, RecursionError):
             raise LoadError(f"{self.path}: its generation_config.json is no JSON object") from None
 
+    @property
+    def parameters(self) -> int:
+        """How many weights it stands for."""
+        return sum(math.prod(entry.shape) for entry in self.entries.values())
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the model had one."""
+        return _TOKENIZER in self.files
+
     def tokenizer(self) -> GPT2Tokenizer:
         """The tokenizer. Raises gptfast.LoadError where the model had none."""
-        if _TOKENIZER not in self.files:
+        if not self.has_tokenizer:
             raise LoadError(f"{self.path}: it holds no tokenizer, its folder had none")
         try:
             return GPT2Tokenizer.from_bytes(self.files[_TOKENIZER])
@@ -106,65 +110,10 @@ class Packed:
         kind = hub.DTYPES[self.dtype]
         state = {}
         for name, tensor in self.tensors.items():
-            plain = not _is_matrix(name)
+            plain = not is_matrix(name)
             values = tensor.clone() if plain else self.weight(name).unpack()
-            state[name] = (values if plain or _by_rows(name) else values.t().contiguous()).to(kind)
+            state[name] = (values if plain or is_by_rows(name) else values.t().contiguous()).to(kind)
         return state
-
-
-def _by_rows(name: str) -> bool:
-    """Whether Hugging Face stores a matrix [outputs, inputs]; those of the blocks are [inputs, outputs]."""
-    return name in ("transformer.wte.weight", "lm_head.weight")
-
-
-def _is_matrix(name: str) -> bool:
-    return _by_rows(name) or name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
-
-
-def shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the language model, matrices as [outputs, inputs]; no rows that only pad the vocabulary."""
-    c, inner, vocabulary = config.n_embd, config.mlp_width, config.real_vocabulary
-    found: dict[str, tuple[int, ...]] = {"transformer.wpe.weight": (config.n_positions, c)}
-    if not config.tie_word_embeddings:
-        found["transformer.wte.weight"] = (vocabulary, c)
-    block: dict[str, tuple[int, ...]] = {
-        "ln_1.weight": (c,), "ln_1.bias": (c,), "attn.c_attn.weight": (3 * c, c), "attn.c_attn.bias": (3 * c,),
-        "attn.c_proj.weight": (c, c), "attn.c_proj.bias": (c,), "ln_2.weight": (c,), "ln_2.bias": (c,),
-        "mlp.c_fc.weight": (inner, c), "mlp.c_fc.bias": (inner,), "mlp.c_proj.weight": (c, inner), "mlp.c_proj.bias": (c,),
-    }  # fmt: skip
-    for layer in range(config.n_layer):
-        found |= {f"transformer.h.{layer}.{name}": shape for name, shape in block.items()}
-    found |= {"transformer.ln_f.weight": (c,), "transformer.ln_f.bias": (c,)}
-    found["transformer.wte.weight" if config.tie_word_embeddings else "lm_head.weight"] = (vocabulary, c)
-    return found
-
-
-def layout(config: GPT2Config, dtype: str) -> dict[str, Entry]:
-    """Where every tensor of a model lies in the payload. In int4 the embeddings, and so the head, are int8."""
-    entries, offset = {}, 0
-    for name, shape in shapes(config).items():
-        format = "fp32" if not _is_matrix(name) else "int8" if dtype == "int4" and _by_rows(name) else dtype
-        size = packed_bytes(format, shape[0], shape[1]) if _is_matrix(name) else 4 * _product(shape)
-        entries[name] = Entry(format, shape, offset, size)
-        offset += _aligned(size, ALIGNMENT)
-    return entries
-
-
-def token_bytes(config: GPT2Config, dtype: str) -> int:
-    """Bytes of weights that one token reads: every tensor but the tables of which it takes one row."""
-    looked_up = {"transformer.wpe.weight"} | (set() if config.tie_word_embeddings else {"transformer.wte.weight"})
-    return sum(entry.bytes for name, entry in layout(config, dtype).items() if name not in looked_up)
-
-
-def _product(shape: Iterable[int]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
-
-
-def _aligned(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
 
 
 # ------------------------------------------------------------------------------------------------------------------------- opening
@@ -196,7 +145,7 @@ def open(path: str | Path, source: str | None = None) -> Packed:
     tensors = {}
     for name, entry in entries.items():
         piece = view[entry.offset : entry.offset + entry.bytes]
-        tensors[name] = piece if _is_matrix(name) else piece.view(torch.float32).view(entry.shape)
+        tensors[name] = piece if is_matrix(name) else piece.view(torch.float32).view(entry.shape)
     files = {name: bytes(whole[start + offset : start + offset + size]) for name, (offset, size) in places.items()}
     return Packed(path, config, dtype, tensors, entries, files, str(header.get("source")), str(header["payload_sha256"]))
 
@@ -206,7 +155,7 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int, int]:
     size = os.fstat(file.fileno()).st_size
     prefix = file.read(_PREFIX.size)
     if not prefix.startswith(MAGIC):
-        raise LoadError(f"{path} is no packed file: it does not begin as `gptfast convert --to packed` writes them")
+        raise LoadError(f"{path} is a file, and no packed one; a packed file, or the folder that holds config.json, is needed")
     if len(prefix) < _PREFIX.size:
         raise LoadError(f"packed file {path}: {size:,} bytes are too few, it is truncated")
     _, version, length, digest = _PREFIX.unpack(prefix)
@@ -224,7 +173,7 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int, int]:
     payload = header.get("payload_bytes") if isinstance(header, dict) else None
     if not isinstance(header, dict) or not _is_size(payload) or not isinstance(header.get("payload_sha256"), str):
         raise LoadError(f"packed file {path}: its header is not one that gptfast writes")
-    start = _aligned(_PREFIX.size + length, PAGE)
+    start = aligned(_PREFIX.size + length, PAGE)
     if (needed := start + payload + _SEAL.size) != size:
         raise LoadError(f"packed file {path}: {size:,} bytes, its header asks for {needed:,}: it is truncated")
     file.seek(start + payload)
@@ -250,11 +199,11 @@ def _read_tables(path: Path, header: dict[str, Any], payload: int) -> tuple[GPT2
         raise LoadError(f"packed file {path}: {error}") from None
     entries = layout(config, header["dtype"])
     for name, entry in entries.items():
-        if header["tensors"].get(name) != _described(entry):
+        if header["tensors"].get(name) != entry.described():
             raise malformed(f"{name} is not the tensor that its config asks for")
     if len(header["tensors"]) != len(entries):
         raise malformed(f"{(header['tensors'].keys() - entries.keys()).pop()[:80]} belongs to no part of the model")
-    end, places = _end(entries), {}
+    end, places = payload_end(entries), {}
     for name, place in header["files"].items():
         size = place.get("bytes") if isinstance(place, dict) else None
         if not _is_size(size) or place != {"offset": end, "bytes": size} or end + size > payload or size > _FILES_LIMIT:
@@ -268,15 +217,6 @@ def _read_tables(path: Path, header: dict[str, Any], payload: int) -> tuple[GPT2
 
 def _is_size(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
-
-
-def _described(entry: Entry) -> dict[str, Any]:
-    return {"format": entry.format, "shape": list(entry.shape), "offset": entry.offset, "bytes": entry.bytes}
-
-
-def _end(entries: Mapping[str, Entry]) -> int:
-    last = list(entries.values())[-1]
-    return _aligned(last.offset + last.bytes, ALIGNMENT)
 
 
 def verify(path: str | Path) -> Packed:
@@ -315,14 +255,14 @@ def _source(model: GPT2LMHeadModel | str | Path, dtype: str) -> _Source:
     if not isinstance(model, (str, Path)):
         rows = model.config.real_vocabulary
         config = replace(model.config, vocab_size=rows, real_vocab_size=None)
-        state = {name: tensor[:rows] if _by_rows(name) else tensor for name, tensor in model.state_dict().items()}
+        state = {name: tensor[:rows] if is_by_rows(name) else tensor for name, tensor in model.state_dict().items()}
         return _Source(config, state, _files(None, model.generation_config), "")
     if is_packed(model):
         old = open(model)
         return _Source(old.config, old.state(), old.files, old.source)
     folder = hub.resolve(model)
     config = hub.load_config(folder)
-    stored = {name: shape if _by_rows(name) or not _is_matrix(name) else shape[::-1] for name, shape in shapes(config).items()}
+    stored = {name: shape if is_by_rows(name) or not is_matrix(name) else shape[::-1] for name, shape in shapes(config).items()}
     state = hub.load_state(folder, stored, foreign=("score.weight",))
     tokenizer = None
     if any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
@@ -347,10 +287,10 @@ def _pack_all(source: _Source, entries: Mapping[str, Entry]) -> Iterator[tuple[s
     """Name and packed tensor, one at a time."""
     for name, entry in entries.items():
         tensor = source.state[name].detach().to("cpu", torch.float32)
-        if not _is_matrix(name):
+        if not is_matrix(name):
             yield name, tensor.contiguous()
             continue
-        packed = PackedWeight.pack(tensor if _by_rows(name) else tensor.t(), entry.format)
+        packed = PackedWeight.pack(tensor if is_by_rows(name) else tensor.t(), entry.format)
         assert packed.data.numel() == entry.bytes, name
         yield name, packed.data
 
@@ -370,16 +310,16 @@ def write(model: GPT2LMHeadModel | str | Path, dtype: str, path: str | Path) -> 
     """
     source, path = _source(model, dtype), Path(path)
     entries = layout(source.config, dtype)
-    places, end = {}, _end(entries)
+    places, end = {}, payload_end(entries)
     for name, data in source.files.items():
         places[name] = {"offset": end, "bytes": len(data)}
         end += len(data)
     header: dict[str, Any] = {
-        "dtype": dtype, "config": source.config.to_dict(), "tensors": {name: _described(entry) for name, entry in entries.items()},
+        "dtype": dtype, "config": source.config.to_dict(), "tensors": {name: entry.described() for name, entry in entries.items()},
         "files": places, "payload_bytes": end, "payload_sha256": "0" * 64, "source": source.source,
     }
     with _replacing(path) as file:
-        start = _aligned(_PREFIX.size + len(json.dumps(header)), PAGE)
+        start = aligned(_PREFIX.size + len(json.dumps(header)), PAGE)
         file.seek(start)
         digest = hashlib.sha256()
         for _, tensor in _pack_all(source, entries):

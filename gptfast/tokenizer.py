@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +125,10 @@ class GPT2Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, revision: str | None = None) -> GPT2Tokenizer:
-        """The tokenizer in a folder or on the hub: tokenizer.json, or vocab.json with merges.txt. Raises gptfast.LoadError."""
+        """That of a folder, a hub id (tokenizer.json, or vocab.json with merges.txt) or a packed file; else gptfast.LoadError."""
+        if os.path.isfile(path):
+            found: GPT2Tokenizer = import_module("gptfast.packed").open(path).tokenizer()
+            return found
         folder = hub.resolve(path, revision, hub.TOKENIZER_FILES)
         settings = hub.read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
         if settings.get("add_bos_token"):
