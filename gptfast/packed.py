@@ -38,7 +38,10 @@ from gptfast.tokenizer import GPT2Tokenizer
 if TYPE_CHECKING:
     from gptfast.model import GPT2LMHeadModel
 
-__all__ = ["DTYPES", "Packed", "fingerprint", "is_packed", "layout", "open", "pack", "shapes", "token_bytes", "verify", "write"]
+__all__ = [
+    "DTYPES", "Packed", "config_of", "fingerprint", "is_packed", "layout", "open", "pack", "shapes", "token_bytes", "verify",
+    "write",
+]
 MAGIC, VERSION = b"GPTFAST\0", 1
 DTYPES = ("fp32", "bf16", "int8", "int4")
 PAGE = 4096
@@ -125,6 +128,11 @@ class Packed:
 def is_packed(path: str | Path) -> bool:
     """Whether `path` is a file, which as a model only a packed file can be."""
     return os.path.isfile(path)
+
+
+def config_of(model: str | Path) -> GPT2Config:
+    """The config of a folder, a hub id or a packed file. Raises gptfast.LoadError."""
+    return open(model).config if is_packed(model) else hub.load_config(hub.resolve(model))
 
 
 def open(path: str | Path, source: str | None = None) -> Packed:
