@@ -88,3 +88,9 @@ GPTFAST_PER_ISA(void prepare_product(engine::Format format, const float* x, int6
 // The columns of these panels of y; uses up to 70 KB of stack
 GPTFAST_PER_ISA(void product(const engine::PackedWeight& weight, const void* prepared, int64_t rows, int64_t first_panel,
                              int64_t end_panel, const engine::Epilogue& epilogue))
+
+// Of int8 and int4, what the two above do in units of their own: see quantised_kernel.h
+GPTFAST_PER_ISA(void prepare_quantised(engine::Format format, const float* x, int64_t x_stride, int64_t rows, int64_t inputs,
+                                       int64_t first_row, int64_t end_row, void* prepared))
+GPTFAST_PER_ISA(void quantised_sums(engine::Format format, const uint8_t* panel, int64_t inputs, const void* prepared, int64_t rows,
+                                    int64_t first_tile, int64_t end_tile, uint32_t* sums))
