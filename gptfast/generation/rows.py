@@ -21,7 +21,7 @@ LLAMA_WINDOW = 64  # llama.cpp's penalties look at the last 64 tokens of prompt 
 class Row:
     """One answer: what was asked, and what has been made of it so far.
 
-    finish_reason: "stop" (a stop token or text, or nothing was allowed), "length", or "error" with its line in `error`.
+    finish_reason: "stop" (a stop token or text, or nothing was allowed), "length", "cancelled", "error" with its line in `error`.
     """
 
     prompt: Sequence[int]  # empty where the prompt was given as vectors
@@ -64,6 +64,11 @@ class Row:
             self._finish()
         else:
             self.text += self.piece
+
+    def cancel(self) -> None:
+        """Ends the answer where it is: finish_reason "cancelled", and the text that was held back is released."""
+        self.piece, self.drew, self.finish_reason = "", False, "cancelled"
+        self._finish()
 
     def _finish(self) -> None:
         if self.stream is not None:

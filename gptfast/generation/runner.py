@@ -142,7 +142,7 @@ class EagerRunner:
         together = torch.cat(parts) if len(parts) > 1 else parts[0]
         if batch.targets is not None:
             return _scored(together, [token for targets in batch.targets for token in targets])
-        return self._draw(batch, together)
+        return self._draw(batch, together.float())
 
     def _forward(self, batch: Batch, index: list[int]) -> list[Tensor]:
         """Logits [at least the draws, V] of these sequences' last tokens."""
