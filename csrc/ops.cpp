@@ -6,6 +6,7 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include "cpu/engine/binding.h"
 #include "cpu/isa.h"
 #include "cpu/matmul.h"
 #include "cpu/memory.h"
@@ -106,4 +107,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_static("patterns", &MemoryReader::patterns, "Names of the ways, in the order of their numbers")
       .def("read", &MemoryReader::read, unlocked, "Seconds of `times` passes over the buffer: read(pattern, times)")
       .def_property_readonly("bytes", &MemoryReader::bytes);
+  gptfast::cpu::engine::bind(m);
 }
