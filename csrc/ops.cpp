@@ -6,6 +6,7 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include "cpu/engine/binding.h"
 #include "cpu/isa.h"
 #include "cpu/matmul.h"
 #include "cpu/memory.h"
@@ -98,4 +99,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("__enter__", [](StepMemory& memory) -> StepMemory& { memory.enter(); return memory; })
       .def("__exit__", [](StepMemory& memory, const pybind11::args&) { memory.leave(); })
       .def_property_readonly("bytes_held", &StepMemory::bytes_held);
+  gptfast::cpu::engine::bind(m);
 }

@@ -12,6 +12,7 @@
 #include "cpu/dropout_kernel.h"
 #include "cpu/embedding_kernel.h"
 #include "cpu/engine/product_kernel.h"
+#include "cpu/engine/step_kernel.h"
 #include "cpu/gelu_kernel.h"
 #include "cpu/grad_norm_kernel.h"
 #include "cpu/layer_norm_kernel.h"

@@ -130,7 +130,8 @@ int64_t Engine::decode(const Request& request, Draws draws, int64_t steps, const
     while (more) {
       run_passes(thread, draws);  // ends with a barrier
       if (thread == 0) {
-        more = advance(draws, stops) && ++done < steps;
+        const bool wanted = advance(draws, stops);
+        more = ++done < steps && wanted;
         Sample& sample = draws.sample;
         sample.token += request.sequences;
         sample.status += request.sequences;
