@@ -17,4 +17,5 @@
 #include "cpu/grad_norm_kernel.h"
 #include "cpu/layer_norm_kernel.h"
 #include "cpu/partials_kernel.h"
+#include "cpu/read_bandwidth_kernel.h"
 #include "cpu/transpose_kernel.h"
