@@ -10,6 +10,7 @@
 #include "cpu/isa.h"
 #include "cpu/matmul.h"
 #include "cpu/memory.h"
+#include "cpu/read_bandwidth.h"
 
 TORCH_LIBRARY(gptfast, m) {
   // Rows [N, C] are contiguous and fp32, bf16 or fp16; statistics, losses and lse are fp32. Each gradient has its input's dtype unless
@@ -111,5 +112,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("__enter__", [](StepMemory& memory) -> StepMemory& { memory.enter(); return memory; })
       .def("__exit__", [](StepMemory& memory, const pybind11::args&) { memory.leave(); })
       .def_property_readonly("bytes_held", &StepMemory::bytes_held);
+  using gptfast::cpu::MemoryReader;
+  const auto unlocked = pybind11::call_guard<pybind11::gil_scoped_release>();
+  pybind11::class_<MemoryReader>(m, "MemoryReader", "A buffer, and several ways to read it: MemoryReader(bytes, threads, huge_pages)")
+      .def(pybind11::init<int64_t, int, bool>(), unlocked)
+      .def_static("patterns", &MemoryReader::patterns, "Names of the ways, in the order of their numbers")
+      .def("read", &MemoryReader::read, unlocked, "Seconds of `times` passes over the buffer: read(pattern, times)")
+      .def_property_readonly("bytes", &MemoryReader::bytes);
   gptfast::cpu::engine::bind(m);
 }

@@ -38,7 +38,10 @@ from gptfast.tokenizer import GPT2Tokenizer
 if TYPE_CHECKING:
     from gptfast.model import GPT2LMHeadModel
 
-__all__ = ["DTYPES", "Packed", "fingerprint", "is_packed", "layout", "open", "pack", "shapes", "token_bytes", "verify", "write"]
+__all__ = [
+    "DTYPES", "Packed", "config_of", "fingerprint", "is_packed", "layout", "open", "pack", "shapes", "token_bytes", "verify",
+    "write",
+]
 MAGIC, VERSION = b"GPTFAST\0", 1
 DTYPES = ("fp32", "bf16", "int8", "int4")
 PAGE = 4096
@@ -103,16 +106,19 @@ class Packed:
         return PackedWeight(self.tensors[name], entry.format, *entry.shape)
 
     def state(self) -> dict[str, Tensor]:
-        """Hugging Face's state dict, a copy: fp32, or bf16 of a bf16 file, bit for bit. Raises gptfast.LoadError for int8 and int4,
-        which no longer hold the weights that they were made from."""
+        """Hugging Face's state dict, a copy, bit for bit what was packed: bf16 if that holds every value, else fp32.
+
+        Raises gptfast.LoadError for int8 and int4, which no longer hold the weights that they were made from.
+        """
         if self.dtype not in hub.DTYPES:
             raise LoadError(f"{self.path} holds {self.dtype} codes, not the weights; use the folder that it was made from")
-        kind = hub.DTYPES[self.dtype]
         state = {}
         for name, tensor in self.tensors.items():
-            plain = not is_matrix(name)
-            values = tensor.clone() if plain else self.weight(name).unpack()
-            state[name] = (values if plain or is_by_rows(name) else values.t().contiguous()).to(kind)
+            values = self.weight(name).unpack() if is_matrix(name) else tensor.clone()
+            state[name] = values.t().contiguous() if is_matrix(name) and not is_by_rows(name) else values
+        plain = [tensor for name, tensor in self.tensors.items() if not is_matrix(name)]
+        if self.dtype == "bf16" and all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in plain):
+            return {name: tensor.bfloat16() for name, tensor in state.items()}
         return state
 
 
@@ -122,6 +128,11 @@ class Packed:
 def is_packed(path: str | Path) -> bool:
     """Whether `path` is a file, which as a model only a packed file can be."""
     return os.path.isfile(path)
+
+
+def config_of(model: str | Path) -> GPT2Config:
+    """The config of a folder, a hub id or a packed file. Raises gptfast.LoadError."""
+    return open(model).config if is_packed(model) else hub.load_config(hub.resolve(model))
 
 
 def open(path: str | Path, source: str | None = None) -> Packed:

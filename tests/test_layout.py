@@ -69,7 +69,7 @@ def test_an_op_has_one_name(folder: str, pattern: str) -> None:
             "vec", "vec_types", "vec_math", "vec_product", "philox_vec", "isa", "tensor", "matmul", "memory", "kernels",
             "convert", "partials", "transpose", "kernels_plain", "kernels_avx2", "kernels_avx512",
             "exact", "exact_plain", "exact_avx2", "exact_avx512", "exact_vec", "select_vec", "sample_row", "sample_filters",
-            "sample_draw", "paged", "paged_tensor", "packed_tensor", "attention_backward", "attention_block",
+            "sample_draw", "paged", "paged_tensor", "packed_tensor", "attention_backward", "attention_block", "read_bandwidth",
         },
         "csrc/cuda": {"ptx", "vec", "reduce", "launch", "array", "launchers", "bindings"},
     }.get(folder, set())

@@ -18,4 +18,5 @@
 #include "cpu/layer_norm_kernel.h"
 #include "cpu/linear_add_kernel.h"
 #include "cpu/partials_kernel.h"
+#include "cpu/read_bandwidth_kernel.h"
 #include "cpu/transpose_kernel.h"

@@ -110,11 +110,25 @@ class Scheduler:
             while not all(request.done for request in requests):
                 self.step()
         finally:
-            for request in requests:
-                if not request.done:
-                    self.cancel(request)
-            with self._stepping:
-                self._retire()
+            self.abandon(requests)
+
+    def abandon(self, requests: Iterable[Request]) -> None:
+        """Cancels what is left of these requests, at once."""
+        for request in requests:
+            if not request.done:
+                self.cancel(request)
+        with self._stepping:
+            self._retire()
+
+    def close(self) -> None:
+        """Cancels everything, and lets go of the runner and the proposer."""
+        with self._stepping:
+            for sequence in (*self._arrived, *self.waiting, *self.running):
+                self.cancel(sequence.request)
+            self._retire()
+            self.runner.close()
+            if self.speculation is not None:
+                self.speculation.close()
 
     # ---------------------------------------------------------------------------------------------------------------- steps
 
@@ -204,11 +218,11 @@ class Scheduler:
 
     def _admit(self, sequence: Answer) -> bool:
         """Gives a sequence all pages that its tokens need, those that are known first; False, and nothing taken, if there are too
-        few. One page is left for each running sequence, so that newcomers do not drive each other out at once."""
+        few. Some pages are left to the running sequences, so that newcomers are not driven out at once."""
         known = (len(sequence.ids) - 1) // PAGE  # the last token is always computed: its logits are needed
         pages = self.pool.match(keys_of(sequence.ids, sequence.keys, known)[:known])
         need = -(-len(sequence.ids) // PAGE) - len(pages)
-        if self.pool.available < need + len(self.running):
+        if self.pool.available < need + len(self.running) // 8:
             self.pool.release(pages)
             return False
         sequence.pages, sequence.computed, sequence.published = pages, PAGE * len(pages), len(pages)

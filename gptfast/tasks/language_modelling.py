@@ -14,7 +14,7 @@ from gptfast.errors import Error, LoadError
 from gptfast.generation import Engine
 from gptfast.generation.score import token_logprobs
 from gptfast.model import GPT2LMHeadModel
-from gptfast.packed import is_packed
+from gptfast.packed import config_of, is_packed
 from gptfast.tokenizer import GPT2Tokenizer
 
 
@@ -62,16 +62,16 @@ def _measure(
                 raise LoadError(f"data {data}: prepared with another tokenizer than the model {model} has")
             split = shards.load(path, "val")
             if len(split):
-                total, tokens, size = nats(engine.model, split, stride), len(split) - 1, split.bytes
+                total -= float(engine.token_logprobs(torch.from_numpy(split.read(0, len(split))), stride).double().sum())
+                tokens, size = len(split) - 1, split.bytes
         else:
             for ids, length in _texts(path, engine.tokenizer):
-                total -= float(token_logprobs(engine.model, ids, stride).double().sum())
+                total -= float(engine.token_logprobs(ids, stride).double().sum())
                 tokens, size = tokens + len(ids) - 1, size + length
-        context = engine.model.config.n_positions
     if tokens < 1 or size < 1:
         raise Error(f"data {data}: no text to evaluate on")
     return {
         "task": "lm", "dtype": dtype, "tokens": tokens, "bytes": size, "loss": total / tokens,
         "perplexity": math.exp(min(total / tokens, 700.0)), "bits_per_byte": total / math.log(2) / size,
-        "stride": stride or max(context // 2, 1),
+        "stride": stride or max(config_of(model).n_positions // 2, 1),
     }

@@ -43,14 +43,14 @@ def complete(scheduler: Scheduler, *requests) -> None:
 # ------------------------------------------------------------------------------------------------------------ whatever else runs
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_random_requests_are_given_what_they_are_given_alone(make, seed):
     rng = random.Random(seed)
     reference = make(8)
     pages = rng.choice([5, 7, 12, 40])
     scheduler = Scheduler(make(pages), rng.choice([1, 3, 8, 64]), rng.choice([1, 7, 64, 100, 512]), rng.choice([None, 0, 3]))
     prefixes = [[rng.randrange(VOCAB) for _ in range(count)] for count in (64, 128, 150)]
-    waiting = [random_request(rng, prefixes) for _ in range(10)]
+    waiting = [random_request(rng, prefixes) for _ in range(6)]
     requests = []
     while waiting or scheduler.busy:
         for _ in range(rng.choice([0, 0, 1, 3])):
@@ -77,7 +77,7 @@ def test_a_prompt_in_chunks_is_the_prompt(make):
 def test_chunks_run_beside_answers_in_the_making(make):
     runner = make(16)
     scheduler = Scheduler(runner, chunk=50)
-    first = row([5], 30, SAMPLED)
+    first = row([5, 6], 30, SAMPLED)
     requests = [scheduler.submit([first])]
     scheduler.step()
     long = row([7] * 200, 5, SAMPLED)
@@ -238,11 +238,11 @@ def test_cancelling(make):
     pieces = []
     stream = TextStream(lambda token: b"ab"[token % 2 :][:1], ["abababababababababababababababababab"])
     first = [row([3] * 70, 50, SAMPLED, choice, stream=stream if choice == 0 else None) for choice in range(3)]
-    other, queued = row([4] * 5, 20, SAMPLED), row([5] * 5, 20, SAMPLED)
+    other, queued = row([4] * 5, 50, SAMPLED), row([5] * 5, 20, SAMPLED)
     requests = [scheduler.submit(first, lambda r: pieces.append((r.choice, r.piece))), scheduler.submit([other])]
+    scheduler.step()
     last = scheduler.submit([queued])
-    for _ in range(5):
-        scheduler.step()
+    scheduler.step()
     scheduler.cancel(requests[0])
     scheduler.cancel(last)
     complete(scheduler, *requests, last)
