@@ -48,9 +48,19 @@ def memory_limit(model: str, dtype: str, device: str, ms_per_token: float | None
     size = packed.token_bytes(packed.config_of(model), "bf16" if dtype == "fp16" else dtype)
     facts: dict[str, Any] = {"bytes_per_token": size, "read_bytes_per_s": None, "memory_fraction": None}
     if ms_per_token is not None and size > benchmark.cache_bytes(device):
-        rate = benchmark.bandwidths(device, repeats=1)["read"]
+        rate = _read_rate(device)
         facts |= {"read_bytes_per_s": rate, "memory_fraction": size / rate / (ms_per_token * 1e-3)}
     return facts
+
+
+def _read_rate(device: str) -> float:
+    """Bytes a second that can be read with torch's threads, from a look of a fraction of a second."""
+    from gptfast import bandwidth, benchmark
+
+    if device != "cpu":
+        return benchmark.bandwidths(device, repeats=1)["read"]
+    size = min(bandwidth.read_bytes(), max(1 << 28, 4 * benchmark.cache_bytes()))
+    return max(way() for way in bandwidth.read_ways(size).values())
 
 
 def line(count: int, ends: str, facts: dict[str, Any]) -> str:
