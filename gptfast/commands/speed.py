@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import random
 import time
 from typing import Any
 
-SECONDS = 0.3  # that reading is tried for
 BURST = 2e-4  # seconds: pieces that follow each other faster were made by one call
 
 
@@ -46,28 +44,14 @@ def memory_limit(model: str, dtype: str, device: str, ms_per_token: float | None
     memory_fraction = the shortest possible time / ms_per_token. The last two are None where the weights fit into a cache, whose
     speed is another, or where there is no ms_per_token."""
     from gptfast import benchmark, packed
+    from gptfast.bandwidth import quick_read_rate
 
     size = packed.token_bytes(packed.config_of(model), "bf16" if dtype == "fp16" else dtype)
     facts: dict[str, Any] = {"bytes_per_token": size, "read_bytes_per_s": None, "memory_fraction": None}
     if ms_per_token is not None and size > benchmark.cache_bytes(device):
-        rate = _read_rate(device)
+        rate = quick_read_rate() if device == "cpu" else benchmark.bandwidths(device, repeats=1)["read"]
         facts |= {"read_bytes_per_s": rate, "memory_fraction": size / rate / (ms_per_token * 1e-3)}
     return facts
-
-
-def _read_rate(device: str) -> float:
-    """Bytes a second that can be read with torch's threads, from a look of a fraction of a second."""
-    from gptfast import bandwidth, benchmark
-
-    if device != "cpu":
-        return benchmark.bandwidths(device, repeats=1)["read"]
-    ways = list(bandwidth.read_ways(min(bandwidth.read_bytes(), 4 * benchmark.cache_bytes())).values())
-    best, end = 0.0, time.perf_counter() + SECONDS
-    for way in random.Random(0).sample(ways, len(ways)):  # in this order the first few are of every kind
-        best = max(best, way())
-        if time.perf_counter() > end:
-            break
-    return best
 
 
 def line(count: int, ends: str, facts: dict[str, Any]) -> str:
