@@ -7,7 +7,6 @@ like a special token in a user's text stays text unless allow_special=True.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import os
@@ -207,8 +206,6 @@ class GPT2Tokenizer:
     @classmethod
     def from_bytes(cls, data: bytes) -> GPT2Tokenizer:
         """The tokenizer that to_bytes() wrote. Raises gptfast.LoadError for anything else."""
-        collecting = gc.isenabled()
-        gc.disable()  # so many new objects, all of which stay, would make it walk through everything that torch has, several times
         try:
             facts = json.loads(data)
             merges = [merge.split(" ") for merge in facts.pop("merges")]
@@ -219,9 +216,6 @@ class GPT2Tokenizer:
             raise
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise LoadError(f"this is no tokenizer that gptfast wrote ({type(error).__name__}: {error})") from None
-        finally:
-            if collecting:
-                gc.enable()
 
     def fingerprint(self) -> str:
         """SHA-256 in hex of everything that decides which ids a text gets."""
