@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import gc
 import hashlib
 import json
 import math
@@ -30,6 +31,7 @@ from gptfast import hub
 from gptfast.checkpoint import sync_folder
 from gptfast.config import GPT2Config
 from gptfast.errors import Error, LoadError
+from gptfast.ops.pack_weight import pack_weight
 from gptfast.packed_layout import ALIGNMENT, Entry, aligned, is_by_rows, is_matrix, layout, shapes, token_bytes
 from gptfast.packed_layout import end as payload_end
 from gptfast.packing import PackedWeight
@@ -95,10 +97,15 @@ class Packed:
         """The tokenizer. Raises gptfast.LoadError where the model had none."""
         if not self.has_tokenizer:
             raise LoadError(f"{self.path}: it holds no tokenizer, its folder had none")
+        collecting = gc.isenabled()
+        gc.disable()  # so many new objects, which all stay, would make it walk through everything that torch has, several times
         try:
             return GPT2Tokenizer.from_bytes(self.files[_TOKENIZER])
         except LoadError as error:
             raise LoadError(f"{self.path}: {error}") from None
+        finally:
+            if collecting:
+                gc.enable()
 
     def weight(self, name: str) -> PackedWeight:
         """The matrix `name` for ops.linear and its like."""
@@ -114,7 +121,7 @@ class Packed:
             raise LoadError(f"{self.path} holds {self.dtype} codes, not the weights; use the folder that it was made from")
         state = {}
         for name, tensor in self.tensors.items():
-            values = self.weight(name).unpack() if is_matrix(name) else tensor.clone()
+            values = self.weight(name).dequantise() if is_matrix(name) else tensor.clone()
             state[name] = values.t().contiguous() if is_matrix(name) and not is_by_rows(name) else values
         plain = [tensor for name, tensor in self.tensors.items() if not is_matrix(name)]
         if self.dtype == "bf16" and all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in plain):
@@ -301,9 +308,7 @@ def _pack_all(source: _Source, entries: Mapping[str, Entry]) -> Iterator[tuple[s
         if not is_matrix(name):
             yield name, tensor.contiguous()
             continue
-        packed = PackedWeight.pack(tensor if is_by_rows(name) else tensor.t(), entry.format)
-        assert packed.data.numel() == entry.bytes, name
-        yield name, packed.data
+        yield name, pack_weight(tensor if is_by_rows(name) else tensor.t(), entry.format).data
 
 
 def pack(model: GPT2LMHeadModel | str | Path, dtype: str) -> Packed:
