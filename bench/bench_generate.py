@@ -4,12 +4,12 @@
     pytest bench/bench_generate.py --models MODELS                         everything for the models that are there
     pytest bench/bench_generate.py --models MODELS -k "124m and decode"    a token at batch 1 after 64, greedy and sampled
     pytest bench/bench_generate.py --models MODELS -k "goals" -s           everything at 124M, and which goal is reached
+    pytest bench/bench_generate.py --models MODELS -k "1558m" --candidates gptfast,llama.cpp
 
 Decode is (seconds of N tokens - seconds of 1) / (N - 1). Every candidate is a process of its own that is stopped while another one
 is timed (peers/serve.py); each round times all of them and the memory's read rate. Bytes a token are the weights in the candidate's
 own form; `fraction` is their rate to the read rate, `with_cache` counts the keys and values too. Nothing is timed before its log P
-of a text and the tokens that it chooses agree with the eager engine in fp32 on the same weights. peers/README.md says how each is set
-up.
+of a text and the tokens that it chooses agree with the eager engine in fp32 on the same weights. How each is set up: peers/README.md.
 """
 
 from __future__ import annotations
@@ -89,10 +89,10 @@ def fits(wanted: list[Any], place: Path, shape: Any) -> None:
 class Group:
     """One table: rows and timings by label, prefill's too, and the reasons of those that are missing."""
 
-    def __init__(self, place: Path, size: str, regime: str, form: str, rounds: int) -> None:
+    def __init__(self, place: Path, size: str, regime: str, form: str, rounds: int, only: str | None) -> None:
         self.place, self.size, self.regime, self.form = place, size, regime, form
         self.shape, self.case = cases.Shape.of(place), cases.REGIMES[regime]
-        wanted = cases.candidates(regime, form)
+        wanted = [c for c in cases.candidates(regime, form) if only is None or c.name in only.split(",")]
         fits(wanted, place, self.shape)
         self.rows: dict[str, dict[str, Any]] = {}
         self.tasks: dict[str, Any] = {}
@@ -167,8 +167,8 @@ class Group:
 
 
 @cache
-def group(place: Path, size: str, regime: str, form: str, rounds: int) -> Group:
-    return Group(place, size, regime, form, rounds)
+def group(place: Path, size: str, regime: str, form: str, rounds: int, only: str | None) -> Group:
+    return Group(place, size, regime, form, rounds, only)
 
 
 def names(regime: str) -> list[tuple[str, str]]:
@@ -194,7 +194,7 @@ def test_generate(benchmark: Any, options: Any, size: str, regime: str, form: st
     wanted = [c for c in cases.candidates(regime, form) if c.name == name]
     if not wanted:
         pytest.skip(f"{name} has no {form}")
-    table = group(folder(options, size), size, regime, form, options.rounds)
+    table = group(folder(options, size), size, regime, form, options.rounds, options.candidates)
     row = table.rows.get(cases.label(wanted[0], mode))
     if row is None:
         pytest.skip(table.reasons.get(f"{name} {wanted[0].form}", "not measured"))
@@ -339,7 +339,7 @@ def test_goals(options: Any) -> None:
         pytest.skip("asked for with -k goals")
     place = folder(options, "124m")
     regimes = [regime for regime in cases.REGIMES if regime != "large"]
-    tables = {(r, f): group(place, "124m", r, f, options.rounds) for r in regimes for f in cases.FORMATS}
+    tables = {(r, f): group(place, "124m", r, f, options.rounds, options.candidates) for r in regimes for f in cases.FORMATS}
     found = [(what, value, least) for what, value, least in _goals(tables)]
     print()
     for what, value, least in found:

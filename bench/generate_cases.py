@@ -214,7 +214,7 @@ class Measure:
         self.process, self.regime, self.mode = process, regime, mode
         self.first: list[float] = []
         self.turn = 0
-        self._run(2)
+        self._run(8)
 
     def _run(self, new: int) -> float:
         self.turn += 1
