@@ -32,7 +32,9 @@ TORCH_LIBRARY(gptfast, m) {
   m.def("embedding(Tensor ids, Tensor positions, Tensor wte, Tensor wpe) -> Tensor");
   m.def("embedding_backward(Tensor dy, Tensor ids, Tensor positions, int vocab, int context) -> (Tensor dwte, Tensor dwpe)");
   // weight [M, K] of any strides, in x's dtype; dweight has weight's strides where these are dense
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  // A packed weight is pack_weight's buffer, with its format (fp32, bf16, int8, int4; "" is a plain weight) and M as `outputs`
+  m.def("pack_weight(Tensor weight, str format) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, str format=\"\", int outputs=0) -> Tensor");
   m.def("linear_backward(Tensor dy, Tensor x, Tensor weight) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 
   // q, k, v [B, T, H, D] with a last stride of 1; document_ids [B, T], -1 is padding; seed [1] where dropout_p > 0
@@ -43,6 +45,11 @@ TORCH_LIBRARY(gptfast, m) {
   // caches [pages, H, 64, D] fp32 or bf16
   m.def("cache_append_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor block_table, Tensor start) -> ()");
   m.def("decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor lengths, float scale) -> Tensor");
+
+  // fused decode steps, 1 to 32 rows; weights as in linear; activation: none, gelu or gelu_tanh; y in x's dtype, or residual's
+  m.def("layer_norm_linear(Tensor x, Tensor? ln_weight, Tensor? ln_bias, Tensor weight, Tensor? bias, str activation, float eps,"
+        " str format=\"\", int outputs=0) -> Tensor");
+  m.def("linear_add(Tensor x, Tensor weight, Tensor? bias, Tensor residual, str format=\"\", int outputs=0) -> Tensor");
 
   m.def("cross_entropy(Tensor logits, Tensor targets, int ignore_index, int vocab) -> (Tensor loss, Tensor lse)");
   m.def("cross_entropy_backward(Tensor dloss, Tensor logits, Tensor targets, Tensor lse, int ignore_index, int vocab) -> Tensor dlogits");
@@ -68,6 +75,11 @@ TORCH_LIBRARY(gptfast, m) {
         " Tensor? frequency, Tensor? presence, Tensor? bias, Tensor? mask, Tensor? prompt, Tensor(a!)? counts, Tensor seed,"
         " Tensor position, Tensor choice, int top_n)"
         " -> (Tensor token, Tensor status, Tensor logprob, Tensor top_ids, Tensor top_logprobs)");
+  // x [B, C]; weight: a head of at least `vocab` outputs, packed in `format` (gptfast/packing.py); the rest as in sample
+  m.def("lm_head_sample(Tensor x, Tensor? ln_weight, Tensor? ln_bias, Tensor weight, str format, int vocab, float eps,"
+        " Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor? typical_p, Tensor? repetition, Tensor? frequency,"
+        " Tensor? presence, Tensor? bias, Tensor? mask, Tensor? prompt, Tensor(a!)? counts, Tensor seed, Tensor position, Tensor choice,"
+        " int top_n) -> (Tensor token, Tensor status, Tensor logprob, Tensor top_ids, Tensor top_logprobs)");
 }
 
 namespace {

@@ -30,6 +30,7 @@ from gptfast import hub
 from gptfast.checkpoint import sync_folder
 from gptfast.config import GPT2Config
 from gptfast.errors import Error, LoadError
+from gptfast.ops.pack_weight import pack_weight
 from gptfast.packed_layout import ALIGNMENT, Entry, aligned, is_by_rows, is_matrix, layout, shapes, token_bytes
 from gptfast.packed_layout import end as payload_end
 from gptfast.packing import PackedWeight
@@ -38,7 +39,10 @@ from gptfast.tokenizer import GPT2Tokenizer
 if TYPE_CHECKING:
     from gptfast.model import GPT2LMHeadModel
 
-__all__ = ["DTYPES", "Packed", "fingerprint", "is_packed", "layout", "open", "pack", "shapes", "token_bytes", "verify", "write"]
+__all__ = [
+    "DTYPES", "Packed", "config_of", "fingerprint", "is_packed", "layout", "open", "pack", "shapes", "token_bytes", "verify",
+    "write",
+]
 MAGIC, VERSION = b"GPTFAST\0", 1
 DTYPES = ("fp32", "bf16", "int8", "int4")
 PAGE = 4096
@@ -111,7 +115,7 @@ class Packed:
             raise LoadError(f"{self.path} holds {self.dtype} codes, not the weights; use the folder that it was made from")
         state = {}
         for name, tensor in self.tensors.items():
-            values = self.weight(name).unpack() if is_matrix(name) else tensor.clone()
+            values = self.weight(name).dequantise() if is_matrix(name) else tensor.clone()
             state[name] = values.t().contiguous() if is_matrix(name) and not is_by_rows(name) else values
         plain = [tensor for name, tensor in self.tensors.items() if not is_matrix(name)]
         if self.dtype == "bf16" and all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in plain):
@@ -125,6 +129,11 @@ class Packed:
 def is_packed(path: str | Path) -> bool:
     """Whether `path` is a file, which as a model only a packed file can be."""
     return os.path.isfile(path)
+
+
+def config_of(model: str | Path) -> GPT2Config:
+    """The config of a folder, a hub id or a packed file. Raises gptfast.LoadError."""
+    return open(model).config if is_packed(model) else hub.load_config(hub.resolve(model))
 
 
 def open(path: str | Path, source: str | None = None) -> Packed:
@@ -293,9 +302,7 @@ def _pack_all(source: _Source, entries: Mapping[str, Entry]) -> Iterator[tuple[s
         if not is_matrix(name):
             yield name, tensor.contiguous()
             continue
-        packed = PackedWeight.pack(tensor if is_by_rows(name) else tensor.t(), entry.format)
-        assert packed.data.numel() == entry.bytes, name
-        yield name, packed.data
+        yield name, pack_weight(tensor if is_by_rows(name) else tensor.t(), entry.format).data
 
 
 def pack(model: GPT2LMHeadModel | str | Path, dtype: str) -> Packed:

@@ -16,6 +16,7 @@
 #include "cpu/gelu_kernel.h"
 #include "cpu/grad_norm_kernel.h"
 #include "cpu/layer_norm_kernel.h"
+#include "cpu/linear_add_kernel.h"
 #include "cpu/partials_kernel.h"
 #include "cpu/read_bandwidth_kernel.h"
 #include "cpu/transpose_kernel.h"

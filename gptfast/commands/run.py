@@ -63,10 +63,12 @@ def dtype_of(model: str, common: Common) -> str:
 
 
 def open_engine(model: str, common: Common, device: str) -> Engine:
-    """The engine that --dtype and --threads ask for, in a device that running() gave."""
+    """The engine that --dtype and --threads ask for, on the device that running() gave; says which it is."""
     from gptfast.generation import Engine
 
-    return Engine(model, dtype_of(model, common), common.threads, device=device)
+    engine = Engine(model, dtype_of(model, common), common.threads, device=device)
+    note(f"engine: {engine.describe()}")
+    return engine
 
 
 @command(RUN, "device dtype threads backend", Sampling=keys(SamplingParams))
@@ -177,6 +179,7 @@ def evaluate(
 
         dtype = dtype_of(model, common)
         result = measure(model, data, given.get("stride"), dtype, device, common.threads)
+        note(f"engine: {result['engine']}")
     if not common.json:
         _print_evaluation(result)
     return result

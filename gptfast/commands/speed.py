@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from pathlib import Path
 from typing import Any
 
 BURST = 2e-4  # seconds: pieces that follow each other faster were made by one call
@@ -44,11 +43,10 @@ def memory_limit(model: str, dtype: str, device: str, ms_per_token: float | None
     """bytes_per_token of weights that a token reads, read_bytes_per_s that the memory gives right now with the threads in use, and
     memory_fraction = the shortest possible time / ms_per_token. The last two are None where the weights fit into a cache, whose
     speed is another, or where there is no ms_per_token."""
-    from gptfast import benchmark, hub, packed
+    from gptfast import benchmark, packed
     from gptfast.bandwidth import quick_read_rate
 
-    config = packed.open(model).config if packed.is_packed(model) else hub.load_config(Path(hub.resolve(model)))
-    size = packed.token_bytes(config, "bf16" if dtype == "fp16" else dtype)
+    size = packed.token_bytes(packed.config_of(model), "bf16" if dtype == "fp16" else dtype)
     facts: dict[str, Any] = {"bytes_per_token": size, "read_bytes_per_s": None, "memory_fraction": None}
     if ms_per_token is not None and size > benchmark.cache_bytes(device):
         rate = quick_read_rate() if device == "cpu" else benchmark.bandwidths(device, repeats=1)["read"]

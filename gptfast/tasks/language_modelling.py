@@ -14,7 +14,7 @@ from gptfast.errors import Error, LoadError
 from gptfast.generation import Engine
 from gptfast.generation.score import token_logprobs
 from gptfast.model import GPT2LMHeadModel
-from gptfast.packed import is_packed
+from gptfast.packed import config_of, is_packed
 from gptfast.tokenizer import GPT2Tokenizer
 
 
@@ -39,9 +39,9 @@ def evaluate(
 
     model: a folder, a hub id or a packed file. data: a folder from `gptfast prepare` (its held-out split), a text file (one
     document) or a .jsonl file of {"text": ...}. Each document is scored from <|endoftext|> on; a longer one in windows `stride`
-    tokens apart (default: half the context). Returns task, dtype, tokens, bytes, loss (nats a token), perplexity, bits_per_byte,
-    stride, and for another dtype of a model whose fp32 weights are there `fp32` {loss, perplexity, bits_per_byte} and
-    difference_percent of the perplexities. Raises gptfast.Error where there is no text, or data is of another tokenizer.
+    tokens apart (default: half the context). Returns task, dtype, engine, tokens, bytes, loss (nats a token), perplexity,
+    bits_per_byte, stride, and for another dtype of a model whose fp32 weights are there `fp32` {loss, perplexity, bits_per_byte}
+    and difference_percent of the perplexities. Raises gptfast.Error where there is no text, or data is of another tokenizer.
     """
     found = _measure(model, data, stride, dtype, device, threads)
     if dtype != "fp32" and not is_packed(model):
@@ -57,21 +57,22 @@ def _measure(
     """evaluate() in one dtype."""
     path, total, tokens, size = Path(data), 0.0, 0, 0
     with Engine(model, dtype, threads, device=device) as engine:
+        how = engine.describe()
         if path.is_dir():
             if engine.tokenizer.fingerprint() != shards.read_meta(path)["vocabulary"]:
                 raise LoadError(f"data {data}: prepared with another tokenizer than the model {model} has")
             split = shards.load(path, "val")
             if len(split):
-                total, tokens, size = nats(engine.model, split, stride), len(split) - 1, split.bytes
+                total -= float(engine.token_logprobs(torch.from_numpy(split.read(0, len(split))), stride).double().sum())
+                tokens, size = len(split) - 1, split.bytes
         else:
             for ids, length in _texts(path, engine.tokenizer):
-                total -= float(token_logprobs(engine.model, ids, stride).double().sum())
+                total -= float(engine.token_logprobs(ids, stride).double().sum())
                 tokens, size = tokens + len(ids) - 1, size + length
-        context = engine.model.config.n_positions
     if tokens < 1 or size < 1:
         raise Error(f"data {data}: no text to evaluate on")
     return {
-        "task": "lm", "dtype": dtype, "tokens": tokens, "bytes": size, "loss": total / tokens,
+        "task": "lm", "dtype": dtype, "engine": how, "tokens": tokens, "bytes": size, "loss": total / tokens,
         "perplexity": math.exp(min(total / tokens, 700.0)), "bits_per_byte": total / math.log(2) / size,
-        "stride": stride or max(context // 2, 1),
+        "stride": stride or max(config_of(model).n_positions // 2, 1),
     }

@@ -100,7 +100,7 @@ GPTFAST_INLINE Vec group_scale(const Vec* w, int64_t count) {
     best = choose(better, scale, best);
     least = choose(better, error, least);
   }
-  return choose(magnitude(largest) <= magnitude(set(kLargest)), best, largest - largest);  // not finite: NaN
+  return choose(magnitude(largest) <= magnitude(set(kLargest)), best, set(__builtin_nanf("")));
 }
 
 void pack_groups(const Lanes& lanes, int64_t inputs, int64_t lane, uint8_t* out) {
