@@ -385,11 +385,11 @@ def read_meta(folder: Path | str) -> dict[str, Any]:
         raise LoadError(f"{path}: version {meta.get('version')}, this gptfast reads {VERSION}")
     try:
         for split in SPLITS:
-            int(meta[split]["bytes"])
             for shard in meta[split]["shards"]:
-                str(shard["sha256"] + ""), int(shard["tokens"])
                 if Path(shard["file"]).name != shard["file"]:
                     raise LoadError(f"{path}: names the shard {shown(shard['file'])}, which is outside the folder")
+                str(shard["sha256"] + ""), int(shard["tokens"])
+            int(meta[split]["bytes"])
         str(meta["vocabulary"] + meta["dtype"]), int(meta["vocab_size"]), int(meta["eos_token_id"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, Error):
