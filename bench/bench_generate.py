@@ -228,7 +228,7 @@ def test_memory(options: Any, form: str) -> None:
     for candidate in cases.candidates("decode", form):
         with cases.running([candidate], place) as (processes, reasons):
             for process in processes.values():
-                cases.Measure(process, shape, "greedy")()
+                process.ask("run", prompts=cases.prompts(shape, 1), new=shape.new, mode="greedy", seed=1)
                 told, path = process.ask("memory"), process.path
                 size = sum(p.stat().st_size for p in (path.glob("model*") if path.is_dir() else [path]))
                 resident = told["now"] - told["before"]
