@@ -9,7 +9,7 @@
 Decode is (seconds of N tokens - seconds of 1) / (N - 1). Every candidate is a process of its own that is stopped while another one
 is timed (peers/serve.py); each round times all of them and the memory's read rate. Bytes a token are the weights in the candidate's
 own form; `fraction` is their rate to the read rate, `with_cache` counts the keys and values too. Nothing is timed before its log P
-of a text and the tokens that it chooses agree with the eager engine in fp32 on the same weights. How each is set up: peers/README.md.
+of a text and the tokens that it chooses agree with the eager engine in fp32 on the same weights. peers/README.md has the settings.
 """
 
 from __future__ import annotations
@@ -77,9 +77,8 @@ def leaders() -> list[Callable[[], float]]:
 
 
 def fits(wanted: list[Any], place: Path, shape: Any) -> None:
-    """Skips where the candidates' weights and what they keep beside them would not all stay in memory."""
-    needed = sum(shape.weight_bytes(c.block, c.head, c.output) + (1 << 29) for c in wanted)
-    needed = max(needed, shape.weight_bytes(4, 4) + (1 << 29))  # the reference, before them
+    """Skips where the weights of the candidates and of the reference, and what they keep beside them, would not stay in memory."""
+    needed = shape.weight_bytes(4, 4) + sum(shape.weight_bytes(c.block, c.head, c.output) + (1 << 29) for c in wanted)
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     there = int(lines["MemAvailable"].split()[0]) << 10
     if needed > 0.9 * there:
@@ -229,7 +228,7 @@ def test_memory(options: Any, form: str) -> None:
     for candidate in cases.candidates("decode", form):
         with cases.running([candidate], place) as (processes, reasons):
             for process in processes.values():
-                cases.Measure(process, shape, "greedy")()
+                process.ask("run", prompts=cases.prompts(shape, 1), new=shape.new, mode="greedy", seed=1)
                 told, path = process.ask("memory"), process.path
                 size = sum(p.stat().st_size for p in (path.glob("model*") if path.is_dir() else [path]))
                 resident = told["now"] - told["before"]
@@ -263,7 +262,7 @@ def _layers(rows: int, form: str) -> tuple[dict[str, Callable[[], Any]], float]:
         kept = [w.to(dtype) for w in plain]
         tasks["torch"] = lambda: [torch.nn.functional.linear(narrow[w.shape[1]], w) for w in kept]
         point, reorder = torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._reorder_linear_weight
-        ordered = [(w.shape[1], reorder(w.to_mkldnn(), rows)) for w in kept]
+        ordered = [(w.shape[1], reorder(w, rows)) for w in kept]
         tasks["oneDNN"] = lambda: [point(narrow[k], w, None, "none", [], "") for k, w in ordered]
     exact = torch.nn.functional.linear(inputs[C], plain[0])
     for name, task in tasks.items():
