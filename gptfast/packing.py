@@ -5,8 +5,8 @@ bits lie [word][32 outputs]: one fp32 input, two bf16, or four int8 codes. int8 
 codes x 128. An int4 panel has for each group of 64 inputs 8 words - byte b of word w holds, plus 8, the code of input 8w + b in its
 low half and of 8w + 4 + b in its high half - and 32 bf16 scales.
 
-Products, x [N, K] in fp32: `fp32` and `bf16` (both operands rounded to bf16) sum in fp32. int8 and int4 quantise x too, a row (int4:
-a row's group of 64) at a time:
+Products, x [N, K] in fp32: `fp32` and `bf16` (both operands rounded to bf16) sum in fp32. int8 and int4 quantise x too, a row
+(int4: a row's group of 64) at a time:
 
     s_x = max|x| / 127,  q_x = clamp(round_half_even(x / s_x), -127, 127)  (0 where s_x is 0 or not finite)
     y = float(sum q_x q_w) * (s_x * s_w) + bias                             (int4: these terms added in the order of the groups)
@@ -52,7 +52,8 @@ class PackedWeight:
     """A weight [outputs, inputs] as `ops.pack_weight` makes it, or a view of a packed file.
 
     data: uint8 [packed_bytes(format, outputs, inputs)] on the CPU, for kernels at a multiple of 64 bytes. `ops.linear`,
-    `layer_norm_linear` and `linear_add` take it in place of a weight, without gradients. Raises gptfast.Error where data does not fit.
+    `layer_norm_linear` and `linear_add` take it in place of a weight, without gradients. Raises gptfast.Error where data does not
+    fit.
     """
 
     data: Tensor
@@ -76,7 +77,8 @@ class PackedWeight:
 
     def _groups(self) -> Tensor:
         """The groups of an int4 weight: [panels, groups, bytes of one]."""
-        return self._panels().unflatten(1, (_divide_up(self.inputs, GROUP), PANEL * (GROUP // 2 + 2)))
+        panels, bytes_ = _divide_up(self.outputs, PANEL), PANEL * (GROUP // 2 + 2)
+        return self.data.view(panels, _divide_up(self.inputs, GROUP), bytes_)
 
     def _matrix(self, lanes: Tensor) -> Tensor:
         """[panels, words, 32, values a word] -> [outputs, inputs]"""
@@ -85,9 +87,10 @@ class PackedWeight:
     def codes(self) -> Tensor:
         """The whole numbers of an int8 or int4 weight: int8 [outputs, inputs]."""
         if self.format == "int8":
-            words = _divide_up(self.inputs, 4)
-            return self._matrix(self._panels().view(torch.int8)[:, : 4 * PANEL * words].unflatten(1, (words, PANEL, 4)))
-        halves = self._groups()[:, :, : PANEL * GROUP // 2].unflatten(2, (GROUP // 8, PANEL, 4)).flatten(1, 2)
+            panels, words = self._panels().view(torch.int8), _divide_up(self.inputs, 4)
+            return self._matrix(panels[:, : 4 * PANEL * words].reshape(len(panels), words, PANEL, 4))
+        groups = self._groups()
+        halves = groups[:, :, : PANEL * GROUP // 2].reshape(len(groups), groups.shape[1] * GROUP // 8, PANEL, 4)
         return self._matrix(torch.cat((halves & 15, halves >> 4), -1).to(torch.int8) - 8)
 
     def scales(self) -> Tensor:

@@ -3,7 +3,8 @@
     pytest bench/ops/bench_layer_norm_linear.py -k "c_fc and rows1"
 
 At one row the time is that of reading the weight: bytes of the weight, against the read bandwidth of the same run. Candidates:
-`cpp` and `torch` take the weight in x's dtype (torch as F.layer_norm, F.linear, F.gelu), `packed-<format>` is cpp with a packed weight.
+`cpp` and `torch` take the weight in x's dtype (torch as F.layer_norm, F.linear, F.gelu), `packed-<format>` is cpp with a packed
+weight.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ def test_layer_norm_linear(benchmark: Any, name: str, count: int, dtype: torch.d
         pytest.skip(reason)
     timings, sizes = group(name, count, dtype)
     timing, shape = timings[candidate], (count, *SHAPES[name][:2])
-    row = bench.row("layer_norm_linear", shape, dtype, "forward", candidate, timing, limits(), nbytes=sizes[candidate], ceiling="read")
+    nbytes = sizes[candidate]
+    row = bench.row("layer_norm_linear", shape, dtype, "forward", candidate, timing, limits(), nbytes=nbytes, ceiling="read")
     rows.append(row)
     benchmark.group = f"layer_norm_linear {name} {list(shape)} {row['dtype']}"
     facts = {"GB/s": round(row["rate"] / 1e9, 1), "of_read": row["fraction"], "spread": row["spread"]}

@@ -48,7 +48,7 @@ def check_product(op: str, x: Tensor, weight: Tensor | PackedWeight, bias: Tenso
 
 
 def packed_arguments(weight: Tensor | PackedWeight, dtype: torch.dtype) -> tuple[Tensor, tuple[Any, ...]]:
-    """What a leaf gets for a weight: its tensor, a plain one in `dtype`, and what goes behind the other arguments for a packed one."""
+    """What a leaf gets for a weight: its tensor (a plain one in `dtype`), and what goes behind its arguments for a packed one."""
     if isinstance(weight, PackedWeight):
         return weight.data, (weight.format, weight.outputs)
     return weight.to(dtype), ()

@@ -1,8 +1,8 @@
 """Layer normalisation, a product and an activation, one op of a decode step: y = activation(layer_norm(x) weight^T + bias).
 
-x [N, K], ln_weight, ln_bias [K] or None, weight [M, K] of any strides or a PackedWeight, bias [M] or None, all fp32|bf16|fp16 (eager
-also fp64); activation "none", "gelu" (erf) or "gelu_tanh"; y [N, M] in x's dtype; N 1 to 32 in kernels. A kernel has no backward; the
-eager definition is differentiable, but for a PackedWeight.
+x [N, K], ln_weight, ln_bias [K] or None, weight [M, K] of any strides or a PackedWeight, bias [M] or None, all fp32|bf16|fp16
+(eager also fp64); activation "none", "gelu" (erf) or "gelu_tanh"; y [N, M] in x's dtype; N 1 to 32 in kernels. A kernel has no
+backward; the eager definition is differentiable, but for a PackedWeight.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ if backend.has_schema("layer_norm_linear"):
 
     @torch.library.register_fake("gptfast::layer_norm_linear")  # type: ignore[untyped-decorator]
     def _(
-        x: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str, eps: float,
-        format: str = "", outputs: int = 0,
+        x: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str,
+        eps: float, format: str = "", outputs: int = 0,
     ) -> Tensor:  # fmt: skip
         return x.new_empty(x.shape[0], outputs if format else weight.shape[0])
 
@@ -67,8 +67,8 @@ def layer_norm_linear(
 ) -> Tensor:
     """activation(layer_norm(x) weight^T + bias); shapes in the module's docstring, with any leading dimensions.
 
-    Returns [..., M] in x's dtype, under autocast in autocast's (a PackedWeight: in x's). Raises gptfast.Error where a shape does not
-    fit, the activation is another word, or a gradient through a PackedWeight is wanted.
+    Returns [..., M] in x's dtype, under autocast in autocast's (a PackedWeight: in x's). Raises gptfast.Error where a shape does
+    not fit, the activation is another word, or a gradient through a PackedWeight is wanted.
     """
     one_of("layer_norm_linear", "activation", activation, ACTIVATIONS)
     check_product("layer_norm_linear", x, weight, bias)

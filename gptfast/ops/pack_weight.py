@@ -2,9 +2,9 @@
 
     fp32, bf16   the values, to nearest even
     int8         s = max|w| / 127 of an output, code clamp(round_half_even(w / s), -127, 127); 0 where s is 0 or not finite
-    int4         for each output and group of 64 inputs: of 17 scales that bring the group's largest weight to -7, -7 1/8 ... -9, each
-                 moved to where the squared error of its codes is least (sum w q / sum q^2) and rounded to bf16, the one with the least
-                 squared error; codes clamp(round_half_even(w * (1 / s)), -8, 7)
+    int4         for each output and group of 64 inputs: of 17 scales that bring the group's largest weight to -7, -7 1/8 ... -9,
+                 each moved to where the squared error of its codes is least (sum w q / sum q^2) and rounded to bf16, the one with
+                 the least squared error; codes clamp(round_half_even(w * (1 / s)), -8, 7)
 
 All in fp32, each operation rounded by itself, sums in the order of the inputs: the bytes are the same from every backend. An output
 (int4: a group) that is not finite has a scale that is NaN or infinite and codes 0, and products with it are NaN.
@@ -106,7 +106,7 @@ if backend.has_schema("pack_weight"):
 
 
 def pack_weight(weight: Tensor, format: str) -> PackedWeight:
-    """`weight` [M, K] (any strides: a GPT-2 Conv1D weight is passed as weight.t(); fp32|bf16|fp16) packed as fp32, bf16, int8 or int4.
+    """`weight` [M, K] of any strides and float dtype (a GPT-2 Conv1D weight is passed as weight.t()) as fp32, bf16, int8 or int4.
 
     Raises gptfast.Error where the shape or the format does not fit.
     """

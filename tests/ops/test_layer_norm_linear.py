@@ -62,7 +62,8 @@ def kernel_case(rows, inputs, outputs, dtype=torch.float32, activation="gelu_tan
     vectors = [random(n, dtype=dtype) if parameters else None for n in (inputs, inputs, outputs)]
     weight = random(outputs, inputs, dtype=dtype, scale=0.2)
     names = ("x", "ln_weight", "ln_bias", "weight", "bias", "activation", "eps")
-    return dict(zip(names, (random(rows, inputs, dtype=dtype, shift=0.5), *vectors[:2], weight, vectors[2], activation, 1e-5), strict=True))
+    x = random(rows, inputs, dtype=dtype, shift=0.5)
+    return dict(zip(names, (x, *vectors[:2], weight, vectors[2], activation, 1e-5), strict=True))
 
 
 def packed(inputs, format):
@@ -75,7 +76,8 @@ def run_cpp(inputs):
 
 
 def check(inputs, target):
-    return check_op("layer_norm_linear", ops.layer_norm_linear, eager, inputs, target, long_sums=("y",) * (inputs["x"].shape[-1] > 64))
+    long = ("y",) if inputs["x"].shape[-1] > 64 else ()
+    return check_op("layer_norm_linear", ops.layer_norm_linear, eager, inputs, target, long_sums=long)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

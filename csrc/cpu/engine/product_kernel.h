@@ -90,7 +90,8 @@ void product(const engine::PackedWeight& weight, const void* prepared, int64_t r
       } else {
         quantised_sums(weight.format, data, inputs, prepared, rows, tile, end, sums);
       }
-      finish(reinterpret_cast<const float*>(sums), tiles.first(tile), tiles.first(end) - tiles.first(tile), panel, weight.outputs, epilogue);
+      const int64_t row = tiles.first(tile);
+      finish(reinterpret_cast<const float*>(sums), row, tiles.first(end) - row, panel, weight.outputs, epilogue);
     }
   }
 }

@@ -14,7 +14,9 @@ namespace {
 
 // sum + four products of unsigned bytes with signed ones
 #if defined(__AVX512VNNI__)
-GPTFAST_INLINE Ints add_dots(Ints sum, Bits bytes, Bits codes) { return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)bytes, (__m512i)codes); }
+GPTFAST_INLINE Ints add_dots(Ints sum, Bits bytes, Bits codes) {
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)bytes, (__m512i)codes);
+}
 #elif defined(__AVX2__)
 // bytes * codes of two neighbours must fit 16 bits
 GPTFAST_INLINE Ints add_dots(Ints sum, Bits bytes, Bits codes) {
@@ -112,7 +114,8 @@ void prepare_groups(const float* x, int64_t x_stride, const RowTiles& tiles, int
     __builtin_memset(words, 0, count);
     for (int64_t start = first; start < first + count; start += engine::kGroup) {
       const float* values = x + row * x_stride + start;
-      const int64_t present = inputs - start < engine::kGroup ? inputs - start : engine::kGroup, place = row * groups + start / engine::kGroup;
+      const int64_t present = inputs - start < engine::kGroup ? inputs - start : engine::kGroup;
+      const int64_t place = row * groups + start / engine::kGroup;
       out.scales[place] = row_scale(values, present);
       out.offsets[place] = -8 * quantise(values, present, out.scales[place], 0, words + (start - first) / 4);
     }
