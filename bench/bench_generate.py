@@ -5,10 +5,11 @@
     pytest bench/bench_generate.py --models MODELS -k "124m and decode"    a token at batch 1 after 64, greedy and sampled
     pytest bench/bench_generate.py --models MODELS -k "goals" -s           everything at 124M, and which goal is reached
 
-Decode is (seconds of N tokens - seconds of 1) / (N - 1). Every candidate is a process of its own that is stopped while another one is
-timed (peers/serve.py); each round times all of them and the memory's read rate. Bytes a token are the weights in the candidate's own
-form; `fraction` is their rate to the read rate, `with_cache` counts the keys and values too. Nothing is timed before its log P of a text
-and the tokens that it chooses agree with the eager engine in fp32 on the same weights. peers/README.md says how each is set up.
+Decode is (seconds of N tokens - seconds of 1) / (N - 1). Every candidate is a process of its own that is stopped while another one
+is timed (peers/serve.py); each round times all of them and the memory's read rate. Bytes a token are the weights in the candidate's
+own form; `fraction` is their rate to the read rate, `with_cache` counts the keys and values too. Nothing is timed before its log P
+of a text and the tokens that it chooses agree with the eager engine in fp32 on the same weights. peers/README.md says how each is set
+up.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ if cases is None:  # bench/ is no package: the file beside this one
 replay = bench.Replay()
 NAMES = ("gptfast", "llama.cpp", "transformers", "ctranslate2")
 MODES = ("greedy", "sampled", "fixed")
+C = 768
 each_form = pytest.mark.parametrize("form", cases.FORMATS)
 
 
@@ -54,7 +56,8 @@ def folder(options: Any, size: str) -> Path:
     """The models of one size; skips where they are not made."""
     place = Path(options.models, cases.SIZES[size]) if options.models else None
     if place is None or not (place / "hf/config.json").exists():
-        pytest.skip(f"--models FOLDER has no {cases.SIZES[size]}: python bench/peers/make_models.py FOLDER --size {cases.SIZES[size]}")
+        name = cases.SIZES[size]
+        pytest.skip(f"--models FOLDER has no {name}: python bench/peers/make_models.py FOLDER --size {name}")
     return place
 
 
@@ -109,6 +112,19 @@ class Group:
             self._compare()
             rows = list(itertools.chain(self.rows.values(), (self._prefill(n, t) for n, t in self.tasks.items())))
             save(f"generate {size} {regime} {form}", rows, self.limits, absent=self.reasons, candidates=self.about)
+        print(f"\n{self}")
+
+    def __str__(self) -> str:
+        own = f"gptfast {self.form}"
+        read, best = (self.limits[name] / 1e9 for name in ("read", "read_best"))
+        head = f"{self.size} {self.regime} {self.form}: read {read:.1f} GB/s (best {best:.1f})"
+        titles = f"{'ms/token':>9} {'tok/s':>8} {'fraction':>8} {'w. cache':>8} {'prompt ms':>9} {'spread':>6} {'x ours':>7}"
+        lines = [head, f"  {'':28} {titles}"]
+        for name, row in sorted(self.rows.items(), key=lambda item: item[1]["seconds"]):
+            ratio = f"{self.rows[own]['vs'][name]:7.2f}" if own in self.rows and name != own else ""
+            figures = f"{row['ms']:9.3f} {row['tokens_per_s']:8.1f} {row['fraction']:8.3f} {row['with_cache']:8.3f}"
+            lines.append(f"  {name:28} {figures} {row['prefill_ms']:9.1f} {row['spread']:6.2f} {ratio}")
+        return "\n".join(lines + [f"  absent: {reason}" for reason in self.reasons.values()])
 
     def _admit(self, candidate: Any, process: Any, reference: Any) -> None:
         kinds = cases.modes(candidate, self.case)
@@ -137,8 +153,8 @@ class Group:
         return statistics.median(task.first)
 
     def _prefill(self, name: str, task: Any) -> dict[str, Any]:
-        timing = bench.summarise(task.first)
-        row = bench.row("prefill", self.case.shape, task.process.candidate.form, self.regime, name, timing, self.limits, ceiling="read")
+        timing, form = bench.summarise(task.first), task.process.candidate.form
+        row = bench.row("prefill", self.case.shape, form, self.regime, name, timing, self.limits, ceiling="read")
         return {**row, "vs": self.ratios(name, lambda other: self.tasks[other].first)}
 
     def ratios(self, name: str, samples: Callable[[str], list[float]]) -> dict[str, float]:
@@ -214,14 +230,62 @@ def test_memory(options: Any, form: str) -> None:
         with cases.running([candidate], place) as (processes, reasons):
             for process in processes.values():
                 cases.Measure(process, shape, "greedy")()
-                told = process.ask("memory")
-                path = process.path
+                told, path = process.ask("memory"), process.path
                 size = sum(p.stat().st_size for p in (path.glob("model*") if path.is_dir() else [path]))
-                found[candidate.name] = {"resident": told["now"] - told["before"], "above_weights": told["now"] - told["before"] - size}
+                resident = told["now"] - told["before"]
+                found[candidate.name] = {"resident": resident, "above_weights": resident - size}
     if "gptfast" not in found:
         pytest.skip("; ".join(reasons.values()) or "gptfast does not run this format")
-    print(f"\nmemory {form}: " + ", ".join(f"{name} {v['above_weights'] / 1e6:.0f} MB above its weights" for name, v in found.items()))
+    above = ", ".join(f"{name} {values['above_weights'] / 1e6:.0f}" for name, values in found.items())
+    print(f"\nmemory {form}, MB above the weights: {above}")
     save(f"generate memory {form}", [{"candidate": name, "form": form, **values} for name, values in found.items()], {})
+
+
+# -------------------------------------------------------------------------------------------------------- the products of a prompt
+
+
+def _layers(rows: int, form: str) -> tuple[dict[str, Callable[[], Any]], float]:
+    """The four products of each of six layers of the 124M model on `rows` rows: by packed weights as the engine has them, by oneDNN
+    with weights in the order it prefers, and by torch's linear; and their FLOPs. int8 has no peer here but bf16."""
+    from gptfast import ops
+
+    shapes = [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)]
+    dtype = torch.float32 if form == "fp32" else torch.bfloat16
+    plain = [torch.randn(shape) * 0.02 for _ in range(6) for shape in shapes]
+    inputs = {k: torch.randn(rows, k) for k in (C, 4 * C)}
+    narrow = {k: x.to(dtype) for k, x in inputs.items()}
+    packed = [ops.pack_weight(w, form) for w in plain]
+    tasks: dict[str, Callable[[], Any]] = {f"gptfast {form}": lambda: [ops.linear(inputs[w.shape[1]], w) for w in packed]}
+    if form == "int8":
+        other = [ops.pack_weight(w, "bf16") for w in plain]
+        tasks["gptfast bf16"] = lambda: [ops.linear(inputs[w.shape[1]], w) for w in other]
+    else:
+        kept = [w.to(dtype) for w in plain]
+        tasks["torch"] = lambda: [torch.nn.functional.linear(narrow[w.shape[1]], w) for w in kept]
+        point, reorder = torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._reorder_linear_weight
+        ordered = [(w.shape[1], reorder(w.to_mkldnn(), rows)) for w in kept]
+        tasks["oneDNN"] = lambda: [point(narrow[k], w, None, "none", [], "") for k, w in ordered]
+    return tasks, sum(2.0 * rows * w.numel() for w in plain)
+
+
+@pytest.mark.parametrize("rows", [64, 512, 896])
+@pytest.mark.parametrize("form", ["fp32", "bf16", "int8"])
+def test_products(options: Any, form: str, rows: int) -> None:
+    """A prompt's products by the engine's kernels beside oneDNN's (goal: 0.85 of its rate; int8 faster than bf16)."""
+    torch.manual_seed(rows)
+    with torch.no_grad(), bench.use(linear="cpp"):
+        tasks, flops = _layers(rows, form)
+        timings = bench.interleave(tasks, rounds=options.rounds, seconds=0.3)
+    own = timings[f"gptfast {form}"]
+    found = [
+        {
+            "candidate": name, "form": form, "rows": rows, "seconds": timing.median, "spread": round(timing.spread, 4),
+            "rate": flops / timing.median, "of_this": round(cases.paired(timing.samples, own.samples), 3),
+        }
+        for name, timing in timings.items()
+    ]  # fmt: skip
+    print(f"\n{rows} rows {form}: " + ", ".join(f"{row['candidate']} {row['rate'] / 1e9:.0f} GFLOP/s" for row in found))
+    save(f"generate products {rows} {form}", found, {})
 
 
 # ------------------------------------------------------------------------------------------------------------------------- goals

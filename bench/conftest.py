@@ -11,5 +11,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--rounds", type=int, default=5, help="samples a candidate (default and minimum: 5)")
     group.addoption("--curve-steps", type=int, help="steps of the loss curves (default: 100, fewer for the larger models)")
     group.addoption("--memory-steps", type=int, default=20, help="steps before the peak memory is read (default: 20)")
-    parser.getgroup("bench_generate").addoption("--models", metavar="FOLDER", help="where bench/peers/make_models.py wrote its models")
     group.addoption("--profile", action="store_true", help="print where a step of gptfast spends its time, by op")
+    group = parser.getgroup("bench_generate")
+    group.addoption("--models", metavar="FOLDER", help="where bench/peers/make_models.py wrote its models")

@@ -27,9 +27,9 @@ SIZES = {"124m": "gpt2", "350m": "gpt2-medium", "774m": "gpt2-large", "1558m": "
 FORMATS = ("fp32", "bf16", "int8", "int4")
 # what is checked: log P of these words, then the tokens that are chosen after half of them
 TEXT = (
-    "The committee met on a rainy Tuesday in October to decide what should become of the old harbour. Fishing had ended years before,"
-    " the warehouses stood empty, and every winter a little more of the northern wall fell into the sea. Some wanted hotels, others a"
-    " park; one man, who had spoken at every meeting since 1987, asked that nothing be done at all."
+    "The committee met on a rainy Tuesday in October to decide what should become of the old harbour. Fishing had ended years"
+    " before, the warehouses stood empty, and every winter a little more of the northern wall fell into the sea. Some wanted"
+    " hotels, others a park; one man, who had spoken at every meeting since 1987, asked that nothing be done at all."
 )  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def label(candidate: Candidate, mode: str) -> str:
 
 
 class Process:
-    """A candidate in a process of its own, stopped except while it works. Raises gptfast.Error with its reason where it cannot run."""
+    """A candidate in a process of its own, stopped except while it works. Raises gptfast.Error where it cannot run."""
 
     def __init__(self, candidate: Candidate, folder: Path) -> None:
         path = folder / candidate.file
@@ -254,7 +254,8 @@ class Reference:
         own = self.logits[:-1].log_softmax(-1).gather(1, torch.tensor(self.ids[1:])[:, None])[:, 0]
         error = float((theirs - own).pow(2).mean().sqrt()) / self.spread
         if not error <= allowed:
-            raise Error(f"benchmark of {name} refused: log P is off by {error:.2g} standard deviations of the logits, allowed {allowed}")
+            off = f"{error:.2g} standard deviations of the logits, allowed are {allowed}"
+            raise Error(f"benchmark of {name} refused: log P is off by {off}")
         found = {"logprob": round(error, 6)}
         prompt, new = self.ids[: len(self.ids) // 2], 24
         for mode in kinds:

@@ -20,6 +20,7 @@ from gptfast.backend import EXTENSIONS
 
 GIB = 1 << 30
 Way = Callable[[], float]
+QUICK = ("4 x 4, dealt", "1 x 8 prefetch once 4096, dealt")
 
 
 def read_bytes() -> int:
@@ -37,8 +38,8 @@ def torch_reads(source: Tensor) -> list[Callable[[], Any]]:
 
 def read_ways(nbytes: int | None = None) -> dict[str, Way]:
     """Ways to read a buffer of `nbytes` (default: read_bytes()) on the CPU, with torch's number of threads; each call reads it, a
-    small one several times, and returns bytes a second. C++ kernels, with prefetches and without, in small and in huge pages; torch's
-    sums where the extension is not there. The buffers live as long as the ways."""
+    small one several times, and returns bytes a second. C++ kernels, with prefetches and without, in small and in huge pages;
+    torch's sums where the extension is not there. The buffers live as long as the ways."""
     nbytes = read_bytes() if nbytes is None else nbytes
     times = max(1, (GIB >> 2) // nbytes)
     if EXTENSIONS["_C"] is not None:
@@ -65,9 +66,19 @@ def _torch_rate(read: Callable[[], Any], nbytes: int, times: int) -> float:
 
 
 def fastest_reads(ways: Mapping[str, Way], repeats: int = 5, keep: int = 6) -> dict[str, float]:
-    """The best bytes a second of the `keep` fastest ways, best first: each is tried twice, then the leaders `repeats` times more."""
+    """The best bytes a second of the `keep` fastest ways, best first: all are tried twice, then the leaders `repeats` times."""
     best = {name: max(way(), way()) for name, way in ways.items()}
     lead = sorted(best, key=lambda name: -best[name])[:keep]
     for name in lead * repeats:
         best[name] = max(best[name], ways[name]())
     return {name: best[name] for name in sorted(lead, key=lambda name: -best[name])}
+
+
+def quick_read_rate(nbytes: int = GIB >> 2) -> float:
+    """Bytes a second, in a tenth of a second or so: a few passes over a smaller buffer by two ways that are rarely far from the
+    best. For a figure beside an answer; a benchmark takes fastest_reads()."""
+    if EXTENSIONS["_C"] is not None:
+        return max(way() for way in read_ways(nbytes).values())
+    reader: Any = importlib.import_module("gptfast._C").MemoryReader(nbytes, torch.get_num_threads(), True)
+    patterns = [number for number, name in enumerate(reader.patterns()) if name in QUICK]
+    return max(_rate(reader, number, 1) for number in patterns * 3)

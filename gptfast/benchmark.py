@@ -318,8 +318,8 @@ def _version(package: str) -> str | None:
 
 
 def row(
-    op: str, shape: Iterable[int], dtype: torch.dtype | str, direction: str, candidate: str, timing: Timing, limits: Mapping[str, float],
-    nbytes: int | None = None, flops: float | None = None, ceiling: str = "copy",
+    op: str, shape: Iterable[int], dtype: torch.dtype | str, direction: str, candidate: str, timing: Timing,
+    limits: Mapping[str, float], nbytes: int | None = None, flops: float | None = None, ceiling: str = "copy",
 ) -> dict[str, Any]:
     """One line of the results. `nbytes` moved or `flops` done a call give the rate and, with `limits` from ceilings(), the fraction
     of `ceiling` that was reached. Raises gptfast.Error for a ceiling that was not measured."""

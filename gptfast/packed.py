@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import gc
 import hashlib
 import json
 import math
@@ -96,10 +97,15 @@ class Packed:
         """The tokenizer. Raises gptfast.LoadError where the model had none."""
         if not self.has_tokenizer:
             raise LoadError(f"{self.path}: it holds no tokenizer, its folder had none")
+        collecting = gc.isenabled()
+        gc.disable()  # so many new objects, which all stay, would make it walk through everything that torch has, several times
         try:
             return GPT2Tokenizer.from_bytes(self.files[_TOKENIZER])
         except LoadError as error:
             raise LoadError(f"{self.path}: {error}") from None
+        finally:
+            if collecting:
+                gc.enable()
 
     def weight(self, name: str) -> PackedWeight:
         """The matrix `name` for ops.linear and its like."""

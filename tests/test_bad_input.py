@@ -151,7 +151,7 @@ def test_a_pickle_that_holds_code_is_not_run(refused: Refused, model: Path, tmp_
         (("--logit-bias", "5"), ("--logit-bias",)),
         (("--stop", ""), ("stop",)),
         (("--order", "vlm"), ("vlm", "vllm")),
-        (("--dtype", "int4"), ("int4",)),
+        (("--dtype", "int2"), ("int2", "int4")),
         (("--dtype", "fp64"), ("fp64", "fp32")),
         (("--threads", "0"), ("threads", "0")),
         (("--seed", "-99999999999999999999"), ("seed",)),

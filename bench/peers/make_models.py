@@ -26,7 +26,8 @@ from torch import Tensor
 SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 GGUF = {"f32": "ALL_F32", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
 FORMS = (
-    "ct2-float32", "ct2-int8", *(f"gguf-{kind}" for kind in GGUF), *(f"packed-{dtype}" for dtype in ("fp32", "bf16", "int8", "int4")),
+    "ct2-float32", "ct2-int8", *(f"gguf-{kind}" for kind in GGUF),
+    *(f"packed-{dtype}" for dtype in ("fp32", "bf16", "int8", "int4")),
 )  # fmt: skip
 
 

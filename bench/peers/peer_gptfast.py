@@ -22,7 +22,9 @@ class Peer:
         from gptfast import Engine
 
         self.engine: Any = Engine(path, dtype=form, threads=threads, device="cpu")
-        self.settings = f"{form}, threads={threads}"
+        self.settings = self.engine.describe()
+        if not self.settings.startswith("cpp"):  # nothing is timed on a fallback
+            raise RuntimeError(self.settings)
 
     def prepare(self, prompts: list[list[int]]) -> list[list[int]]:
         return prompts
@@ -37,11 +39,8 @@ class Peer:
         return [answer.token_ids for answer in made]
 
     def score(self, ids: list[int]) -> list[float]:
-        """log P of every token behind the first, which is <|endoftext|>."""
-        found = self.engine.score(self.engine.tokenizer.decode(ids[1:]))
-        if found.token_ids != ids[1:]:
-            raise ValueError("the text of these ids has other ids")
-        return [float(value) for value in found.logprobs]
+        """log P of every token but the first."""
+        return [float(value) for value in self.engine.token_logprobs(ids)]
 
     def close(self) -> None:
         self.engine.close()

@@ -41,7 +41,9 @@ class Peer:
     @torch.inference_mode()
     def generate(self, prompts: torch.Tensor, new: int, mode: str, seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
-        sampling = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95} if mode == "sampled" else {"do_sample": False}
+        sampling: dict[str, Any] = {"do_sample": False}
+        if mode == "sampled":
+            sampling = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95}
         made: torch.Tensor = self.model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=new, **sampling)
         return made[:, prompts.shape[1] :]
 

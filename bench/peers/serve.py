@@ -2,9 +2,9 @@
 
     python -P bench/peers/serve.py KIND FORMAT PATH THREADS
 
-KIND names peer_KIND.py beside this one, whose class Peer does the work. A process of its own has its own pool of threads, and its parent
-stops it (SIGSTOP) while another is timed: threads that spin for a while after a call, as some libraries' do, take nothing from it.
-The clock is read here, around the call alone: pipes and JSON are not timed.
+KIND names peer_KIND.py beside this one, whose class Peer does the work. A process of its own has its own pool of threads, and its
+parent stops it (SIGSTOP) while another is timed: threads that spin for a while after a call, as some libraries' do, take nothing
+from it. The clock is read here, around the call alone: pipes and JSON are not timed.
 """
 
 from __future__ import annotations

@@ -44,23 +44,14 @@ def memory_limit(model: str, dtype: str, device: str, ms_per_token: float | None
     memory_fraction = the shortest possible time / ms_per_token. The last two are None where the weights fit into a cache, whose
     speed is another, or where there is no ms_per_token."""
     from gptfast import benchmark, packed
+    from gptfast.bandwidth import quick_read_rate
 
     size = packed.token_bytes(packed.config_of(model), "bf16" if dtype == "fp16" else dtype)
     facts: dict[str, Any] = {"bytes_per_token": size, "read_bytes_per_s": None, "memory_fraction": None}
     if ms_per_token is not None and size > benchmark.cache_bytes(device):
-        rate = _read_rate(device)
+        rate = quick_read_rate() if device == "cpu" else benchmark.bandwidths(device, repeats=1)["read"]
         facts |= {"read_bytes_per_s": rate, "memory_fraction": size / rate / (ms_per_token * 1e-3)}
     return facts
-
-
-def _read_rate(device: str) -> float:
-    """Bytes a second that can be read with torch's threads, from a look of a fraction of a second."""
-    from gptfast import bandwidth, benchmark
-
-    if device != "cpu":
-        return benchmark.bandwidths(device, repeats=1)["read"]
-    size = min(bandwidth.read_bytes(), max(1 << 28, 4 * benchmark.cache_bytes()))
-    return max(way() for way in bandwidth.read_ways(size).values())
 
 
 def line(count: int, ends: str, facts: dict[str, Any]) -> str:

@@ -291,7 +291,7 @@ class Scheduler:
 
     def _steps(self, shares: list[_Share]) -> int:
         """How many tokens may be drawn in one call: nothing that a row asks for may change on the way."""
-        most = MOST_STEPS if self._pace == 0 else max(1, min(MOST_STEPS, int(CALL / self._pace)))
+        most = 1 if self._pace == 0 else max(1, min(MOST_STEPS, int(CALL / self._pace)))  # a first step shows how long one is
         if self.speculation is not None:
             most = min(most, self.speculation.patience())
         for share in shares:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import torch
 
+import gptfast.backend as backend
+from gptfast import packed
 from gptfast.config import GPT2Config
+from gptfast.generation.loading import cpp_reason
 from gptfast.generation.parameters import SamplingParams
 from gptfast.generation.rows import Drawn, Row
 from gptfast.generation.runner import Batch, EagerRunner, Runner
@@ -71,10 +75,22 @@ def _double(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
     return copy.double().eval()
 
 
-RUNNERS: dict[str, Callable[[GPT2LMHeadModel, int], Runner]] = {
-    "eager": lambda model, pages: EagerRunner(_double(model), pages),
-    "bursting": lambda model, pages: BurstingRunner(_double(model), pages),
-}
+# "double": eager and bursting in float64; the C++ engine by its weights' format
+RUNNERS = ("double", "cpp-fp32", "cpp-bf16", "cpp-int8", "cpp-int4")
+
+
+def runner_reason(name: str) -> str | None:
+    """None if a runner of RUNNERS can be made with the backends that this thread asks for, else why not."""
+    return None if name == "double" else cpp_reason(name.removeprefix("cpp-"), "cpu")
+
+
+def make_runner(name: str, model: GPT2LMHeadModel, pages: int) -> Runner:
+    """A runner of RUNNERS; "double" draws many tokens in a call where eager is not asked for."""
+    if name != "double":
+        runner: Runner = import_module("gptfast.generation.cpp").CppRunner(packed.pack(model, name.removeprefix("cpp-")), 1, pages)
+        return runner
+    kind = EagerRunner if backend.order("linear", "cpu")[0] == "eager" else BurstingRunner
+    return kind(_double(model), pages)
 
 
 def row(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gptfast.backend as backend
-from gptfast import Engine, Error, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, LoadError, SamplingParams
+from gptfast import Engine, Error, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, LoadError, SamplingParams, packed
 from gptfast.generation.loading import cpp_reason
 
 SAMPLED = {"temperature": 1.0, "top_k": 40, "max_tokens": 16, "seed": 5, "ignore_eos": True}
@@ -315,6 +315,22 @@ def test_scores_of_both_engines(folder, eager_engine):
             assert ours.token_ids == theirs.token_ids and len(ours.token_ids) > 64
             assert [v is None for v in ours.logprobs] == [v is None for v in theirs.logprobs]
             assert ours.total == pytest.approx(theirs.total, rel=1e-5) and ours.stride == theirs.stride == 32
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8", "int4"])
+def test_a_packed_file_is_the_folder(folder, tmp_path, dtype):
+    reason = cpp_reason(dtype, "cpu")
+    if reason is not None and dtype not in ("fp32", "bf16"):
+        pytest.skip(reason)
+    file = packed.write(folder, dtype, tmp_path / "model.gptfast")
+    params = SamplingParams(**SAMPLED, logprobs=2)
+    with Engine(folder, dtype, device="cpu") as engine, Engine(file, device="cpu") as other:
+        assert other.describe() == engine.describe()
+        assert other.generate(["dog", "The quick"], params) == engine.generate(["dog", "The quick"], params)
+        assert other.score("The lazy dog").logprobs == engine.score("The lazy dog").logprobs
+    wrong = "bf16" if dtype == "int8" else "int8"
+    with pytest.raises(Error, match=wrong):
+        Engine(file, wrong, device="cpu")
 
 
 # ------------------------------------------------------------------------------------------------------------------- speculation
