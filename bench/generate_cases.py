@@ -144,8 +144,6 @@ class Process:
 
     def __init__(self, candidate: Candidate, folder: Path) -> None:
         path = folder / candidate.file
-        if candidate.kind == "gptfast" and not path.exists():
-            path = folder / "hf"  # the engine packs it, where it can
         if not path.exists():
             raise Error(f"{path} is not there; bench/peers/make_models.py makes it")
         self.candidate, self.path = candidate, path
@@ -214,7 +212,7 @@ class Measure:
         self.process, self.regime, self.mode = process, regime, mode
         self.first: list[float] = []
         self.turn = 0
-        self._run(2)
+        self._run(8)
 
     def _run(self, new: int) -> float:
         self.turn += 1

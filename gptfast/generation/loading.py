@@ -48,6 +48,9 @@ def cpp_reason(dtype: str, device: str) -> str | None:
         return missing
     if not hasattr(importlib.import_module("gptfast._C"), "Engine"):
         return "the extension was built without it"
+    for op, name in backend.forced().items():
+        if name != "cpp":
+            return f"{op} is forced to {name}, and it calls no ops"
     return "eager is asked for" if backend.order("linear", "cpu")[0] == "eager" else None
 
 
