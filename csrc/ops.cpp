@@ -75,11 +75,12 @@ TORCH_LIBRARY(gptfast, m) {
         " Tensor? frequency, Tensor? presence, Tensor? bias, Tensor? mask, Tensor? prompt, Tensor(a!)? counts, Tensor seed,"
         " Tensor position, Tensor choice, int top_n)"
         " -> (Tensor token, Tensor status, Tensor logprob, Tensor top_ids, Tensor top_logprobs)");
-  // x [B, C]; weight: a head of at least `vocab` outputs, packed in `format` (gptfast/packing.py); the rest as in sample
-  m.def("lm_head_sample(Tensor x, Tensor? ln_weight, Tensor? ln_bias, Tensor weight, str format, int vocab, float eps,"
-        " Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor? typical_p, Tensor? repetition, Tensor? frequency,"
-        " Tensor? presence, Tensor? bias, Tensor? mask, Tensor? prompt, Tensor(a!)? counts, Tensor seed, Tensor position, Tensor choice,"
-        " int top_n) -> (Tensor token, Tensor status, Tensor logprob, Tensor top_ids, Tensor top_logprobs)");
+  // weights as in linear; of a packed one `vocab` outputs are real. The rest as in sample.
+  m.def("lm_head_sample(Tensor x, Tensor? ln_weight, Tensor? ln_bias, Tensor weight, float eps, Tensor temperature, Tensor? top_k,"
+        " Tensor? top_p, Tensor? min_p, Tensor? typical_p, Tensor? repetition, Tensor? frequency, Tensor? presence, Tensor? bias,"
+        " Tensor? mask, Tensor? prompt, Tensor(a!)? counts, Tensor seed, Tensor position, Tensor choice, int top_n,"
+        " str format=\"\", int outputs=0, int vocab=0)"
+        " -> (Tensor token, Tensor status, Tensor logprob, Tensor top_ids, Tensor top_logprobs)");
 }
 
 namespace {

@@ -1,58 +1,53 @@
-// lm_head_sample on the CPU, with a packed head: checks, memory, threads (tiles of the vocabulary in parallel). The arithmetic is that of
-// layer_norm_kernel.h, the products of engine/product.h and sample_kernel.h; the logits are looked at while they are in the caches.
+// lm_head_sample on the CPU: checks, memory, threads. With a packed head tiles of the vocabulary are dealt to threads, which look at the
+// logits of a tile while it is in their caches; a plain head is PyTorch's product and the kernel of sample.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <string>
 #include <vector>
 
-#include "cpu/engine/product.h"
 #include "cpu/layer_norm_kernel.h"
+#include "cpu/matmul.h"
+#include "cpu/packed_tensor.h"
 #include "cpu/sample.h"
-#include "cpu/tensor.h"
 
 namespace gptfast::cpu {
 namespace {
 
-using engine::Format;
 using engine::PackedWeight;
 
 constexpr int64_t kTilePanels = kSampleTile / engine::kPanel;
 
 at::Tensor floats(int64_t count) { return at::empty({count}, at::kFloat); }
 
-PackedWeight packed_head(const at::Tensor& weight, const std::string& format, int64_t outputs, int64_t inputs) {
-  const auto names = {"fp32", "bf16", "int8", "int4"};
-  const auto found = std::find(names.begin(), names.end(), format);
-  TORCH_CHECK(found != names.end(), "format is ", format, ", allowed: fp32, bf16, int8, int4");
-  const auto kind = static_cast<Format>(found - names.begin());
-  check_type(weight, at::kByte, "weight");
-  TORCH_CHECK(weight.is_contiguous() && weight.numel() >= engine::packed_bytes(kind, outputs, inputs), "weight has ", weight.numel(),
-              " bytes, needs ", engine::packed_bytes(kind, outputs, inputs), " for [", outputs, ", ", inputs, "]");
-  TORCH_CHECK(reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % 64 == 0, "weight does not begin at a multiple of 64 bytes");
-  return {kind, outputs, inputs, weight.const_data_ptr<uint8_t>()};
-}
-
-// layer_norm(x) [B, C] in fp32, made ready for a product
-at::Tensor prepared_rows(const at::Tensor& x, OptionalTensor ln_weight, OptionalTensor ln_bias, double eps, Format format) {
+at::Tensor normalised(const at::Tensor& x, OptionalTensor ln_weight, OptionalTensor ln_bias, double eps) {
+  check_rows(x, "x");
+  check_float(x, "x");
+  check_norm_parameters(x, ln_weight, ln_bias);
   const int64_t rows = x.size(0), columns = x.size(1);
-  const at::Tensor wide = as_type(x, at::kFloat), weight = parameter_or(ln_weight, columns, 1), bias = parameter_or(ln_bias, columns, 0);
-  at::Tensor normal = floats(rows * columns), statistics = floats(2 * rows);
-  at::Tensor prepared = at::empty({engine::prepared_bytes(format, rows, columns)}, at::kByte);
+  const at::Tensor weight = parameter_or(ln_weight, columns, 1), bias = parameter_or(ln_bias, columns, 0);
+  at::Tensor y = at::empty_like(x), statistics = floats(2 * rows);
   LayerNorm args{};
-  args.type = Type::fp32;
+  args.type = type_of(x);
   args.columns = columns;
   args.eps = static_cast<float>(eps);
-  args.x = wide.const_data_ptr();
+  args.x = x.const_data_ptr();
   args.weight = weight.const_data_ptr<float>();
   args.bias = bias.const_data_ptr<float>();
-  args.y = normal.mutable_data_ptr();
+  args.y = y.mutable_data_ptr();
   args.mean = statistics.mutable_data_ptr<float>();
   args.rstd = args.mean + rows;
   GPTFAST_CALL(layer_norm_forward, args, 0, rows);
-  GPTFAST_CALL(prepare_product, format, normal.const_data_ptr<float>(), columns, rows, columns, 0, rows, prepared.mutable_data_ptr());
+  return y;
+}
+
+// x [B, C] in fp32, ready for a product with `head`
+at::Tensor prepared_rows(const at::Tensor& x, const PackedWeight& head) {
+  const int64_t rows = x.size(0), columns = x.size(1);
+  at::Tensor prepared = at::empty({engine::prepared_bytes(head.format, rows, columns)}, x.options().dtype(at::kByte));
+  GPTFAST_CALL(prepare_product, head.format, x.const_data_ptr<float>(), columns, rows, columns, 0, rows, prepared.mutable_data_ptr());
   return prepared;
 }
 
@@ -93,23 +88,25 @@ void head_and_draws(const PackedWeight& head, const void* x, Sample& args, int64
   });
 }
 
-Five lm_head_sample_cpu(const at::Tensor& x, OptionalTensor ln_weight, OptionalTensor ln_bias, const at::Tensor& weight,
-                        const std::string& format, int64_t vocab, double eps, const at::Tensor& temperature, OptionalTensor top_k,
-                        OptionalTensor top_p, OptionalTensor min_p, OptionalTensor typical_p, OptionalTensor repetition,
-                        OptionalTensor frequency, OptionalTensor presence, OptionalTensor bias, OptionalTensor mask,
-                        OptionalTensor prompt, const std::optional<at::Tensor>& counts, const at::Tensor& seed,
-                        const at::Tensor& position, const at::Tensor& choice, int64_t top_n) {
-  check_rows(x, "x");
-  check_float(x, "x");
-  check_norm_parameters(x, ln_weight, ln_bias);
+Five lm_head_sample_cpu(const at::Tensor& x, OptionalTensor ln_weight, OptionalTensor ln_bias, const at::Tensor& weight, double eps,
+                        const at::Tensor& temperature, OptionalTensor top_k, OptionalTensor top_p, OptionalTensor min_p,
+                        OptionalTensor typical_p, OptionalTensor repetition, OptionalTensor frequency, OptionalTensor presence,
+                        OptionalTensor bias, OptionalTensor mask, OptionalTensor prompt, const std::optional<at::Tensor>& counts,
+                        const at::Tensor& seed, const at::Tensor& position, const at::Tensor& choice, int64_t top_n,
+                        c10::string_view format, int64_t outputs, int64_t vocab) {
+  const at::Tensor normal = normalised(x, ln_weight, ln_bias, eps);
+  const bool packed = !format.empty();
   Sample args{};
   const SampleParameters parameters{temperature, top_k, top_p, min_p, typical_p, repetition, frequency, presence, bias, mask, prompt,
                                     counts, seed, position, choice, top_n};
-  const Five results = sample_arguments(parameters, x, x.size(0), vocab, args);
-  const PackedWeight head = packed_head(weight, format, vocab, x.size(1));
-  if (x.size(0) == 0) return results;
-  const at::Tensor ready = prepared_rows(x, ln_weight, ln_bias, eps, head.format);
-  head_and_draws(head, ready.const_data_ptr(), args, x.size(0));
+  const Five results = sample_arguments(parameters, x, x.size(0), packed ? vocab : weight.size(0), args);
+  if (!packed) {
+    sample_logits(args, multiply_with(normal, weight, std::nullopt));
+    return results;
+  }
+  const PackedWeight head = packed_weight(weight, format, outputs, x);
+  TORCH_CHECK(vocab <= outputs, "vocab is ", vocab, ", allowed: 1 to ", outputs, ", the rows of weight");
+  if (x.size(0) > 0) head_and_draws(head, prepared_rows(as_type(normal, at::kFloat), head).const_data_ptr(), args, x.size(0));
   return results;
 }
 

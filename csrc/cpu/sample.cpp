@@ -54,15 +54,7 @@ Five sample_cpu(const at::Tensor& logits, const at::Tensor& temperature, Optiona
   const SampleParameters parameters{temperature, top_k, top_p, min_p, typical_p, repetition, frequency, presence, bias, mask, prompt,
                                     counts, seed, position, choice, top_n};
   const Five results = sample_arguments(parameters, logits, rows, vocab, args);
-  args.type = type_of(logits);
-  args.logits = logits.const_data_ptr();
-  args.logits_stride = Checks{logits, rows, vocab}.row_stride(logits, "logits");
-  const int64_t room = sample_room(vocab), threads = std::min<int64_t>(std::max<int64_t>(rows, 1), at::get_num_threads());
-  at::Tensor scratch = at::empty({threads, room}, logits.options().dtype(at::kFloat));
-  float* memory = scratch.mutable_data_ptr<float>();
-  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-    GPTFAST_CALL(sample_rows, args, begin, end, memory + at::get_thread_num() * room);
-  });
+  sample_logits(args, logits);
   return results;
 }
 
@@ -108,6 +100,19 @@ Five sample_arguments(const SampleParameters& parameters, const at::Tensor& like
   args.top_ids = top_ids.mutable_data_ptr<int64_t>();
   args.top_logprobs = top_logprobs.mutable_data_ptr<float>();
   return {token, status, logprob, top_ids, top_logprobs};
+}
+
+void sample_logits(Sample& args, const at::Tensor& logits) {
+  const int64_t rows = logits.size(0);
+  args.type = type_of(logits);
+  args.logits = logits.const_data_ptr();
+  args.logits_stride = Checks{logits, rows, args.vocab}.row_stride(logits, "logits");
+  const int64_t room = sample_room(args.vocab), threads = std::min<int64_t>(std::max<int64_t>(rows, 1), at::get_num_threads());
+  at::Tensor scratch = at::empty({threads, room}, logits.options().dtype(at::kFloat));
+  float* memory = scratch.mutable_data_ptr<float>();
+  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    GPTFAST_CALL(sample_rows, args, begin, end, memory + at::get_thread_num() * room);
+  });
 }
 
 }  // namespace gptfast::cpu

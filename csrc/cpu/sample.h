@@ -21,4 +21,7 @@ struct SampleParameters {
 // Fills all of args but the logits for rows of `vocab` ids on the device of `like`; returns token, status, logprob, top_ids, top_logprobs
 Five sample_arguments(const SampleParameters& parameters, const at::Tensor& like, int64_t rows, int64_t vocab, Sample& args);
 
+// Draws from logits [B, V] that fit args
+void sample_logits(Sample& args, const at::Tensor& logits);
+
 }  // namespace gptfast::cpu

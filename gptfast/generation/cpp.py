@@ -110,7 +110,7 @@ class CppRunner:
         """Lets go of weights, pages and threads. Closing twice does nothing."""
         self._engine = None
 
-    def _step(self, batch: Batch, tensors: dict[str, Tensor], top_n: int) -> None:
+    def _step(self, batch: Batch, tensors: dict[str, Tensor | None], top_n: int) -> None:
         self._call("step", *_tensors(batch), tensors, top_n)
 
     def _call(self, method: str, *arguments: Any) -> Any:
@@ -124,8 +124,8 @@ class CppRunner:
     def _sampler_of(self, rows: list[tuple[Row, int]]) -> Sampler:
         """The sampler of the step before where it goes on with the same rows; it counts what it drew."""
         before = self._sampler
-        same = before is not None and [(id(row), place + 1) for row, place in before[0]] == [(id(row), place) for row, place in rows]
-        if before is None or not same:
+        now = [(id(row), place) for row, place in rows]
+        if before is None or [(id(row), place + 1) for row, place in before[0]] != now:
             ahead = [place - row.start - len(row.tokens) for row, place in rows]
             sampler = Sampler([row for row, _ in rows], self.vocab, torch.device("cpu"), ahead)
         else:

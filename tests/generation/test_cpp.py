@@ -23,7 +23,9 @@ FORMATS = ("fp32", "bf16", "int8", "int4")
 CONFIGS = {
     "heads-of-32": {"n_embd": 64, "n_head": 2, "n_layer": 2, "vocab_size": 1031},
     "odd": {"n_embd": 60, "n_head": 3, "n_layer": 3, "n_inner": 100, "vocab_size": 337, "activation_function": "gelu"},
-    "untied": {"n_embd": 96, "n_head": 4, "n_inner": 70, "vocab_size": 513, "tie_word_embeddings": False, "activation_function": "relu"},
+    "untied": {
+        "n_embd": 96, "n_head": 4, "n_inner": 70, "vocab_size": 513, "tie_word_embeddings": False, "activation_function": "relu",
+    },
     "scaled": {"n_embd": 40, "n_head": 5, "vocab_size": 97, "scale_attn_by_inverse_layer_idx": True, "activation_function": "silu"},
     "unscaled": {"n_embd": 36, "n_head": 1, "vocab_size": 1, "scale_attn_weights": False, "activation_function": "tanh"},
     "one-head": {"n_embd": 64, "n_head": 1, "n_layer": 1, "vocab_size": 600, "activation_function": "gelu_pytorch_tanh"},
@@ -44,7 +46,8 @@ def model_of(name, context=200):
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             scale = 0.15 if parameter.dim() == 2 else 0.2
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + float("ln" in key and key.endswith("weight")))
+            one = float("ln" in key and key.endswith("weight"))
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + one)
     return model
 
 
@@ -58,7 +61,8 @@ def runner_of(name, format="fp32", threads=1, pages=200):
 
 
 def row_of(prompt, i=0, **params):
-    chosen = {"temperature": (0.0, 0.9, 1.0)[i % 3], "top_k": (0, 20)[i % 2], "top_p": (1.0, 0.9, 0.5)[i % 3], "logprobs": 3, **params}
+    filters = {"temperature": (0.0, 0.9, 1.0)[i % 3], "top_k": (0, 20)[i % 2], "top_p": (1.0, 0.9, 0.5)[i % 3]}
+    chosen = {**filters, "logprobs": 3, **params}
     return Row(prompt=prompt, params=SamplingParams(**chosen), seed=i, limit=150, stop_ids=frozenset(), start=len(prompt))
 
 
@@ -211,16 +215,18 @@ def quantised_logits(model, weights, ids):
         return packing.product(x, packing.PackedWeight(tensors[name], entry.format, *entry.shape), bias)
 
     def norm(x, name):
-        return torch.nn.functional.layer_norm(x, x.shape[-1:], plain[name + ".weight"], plain[name + ".bias"], config.layer_norm_epsilon)
+        weight, bias = plain[name + ".weight"], plain[name + ".bias"]
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, config.layer_norm_epsilon)
 
     entry = weights.entries["transformer.wte.weight"]
     table = packing.PackedWeight(tensors["transformer.wte.weight"], entry.format, *entry.shape).dequantise()
     x = table[ids] + plain["transformer.wpe.weight"][: len(ids)]
     for layer in range(config.n_layer):
         prefix = f"transformer.h.{layer}."
-        qkv = product(norm(x, prefix + "ln_1"), prefix + "attn.c_attn.weight").view(len(ids), 3, config.n_head, -1).permute(1, 2, 0, 3)
-        k, v = (part.bfloat16().float() for part in qkv[1:])
-        o = torch.nn.functional.scaled_dot_product_attention(qkv[0], k, v, is_causal=True, scale=model.transformer.h[layer].attn.scale)
+        qkv = product(norm(x, prefix + "ln_1"), prefix + "attn.c_attn.weight").view(len(ids), 3, config.n_head, -1)
+        q, k, v = qkv.permute(1, 2, 0, 3)
+        k, v, scale = k.bfloat16().float(), v.bfloat16().float(), model.transformer.h[layer].attn.scale
+        o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         x = x + product(o.transpose(0, 1).reshape(len(ids), -1), prefix + "attn.c_proj.weight")
         h = torch.nn.functional.gelu(product(norm(x, prefix + "ln_2"), prefix + "mlp.c_fc.weight"), approximate="tanh")
         x = x + product(h, prefix + "mlp.c_proj.weight")
@@ -244,7 +250,8 @@ def test_logits_of_other_formats_are_the_definitions(format, isa):
 
 def test_draws_are_those_of_sample_on_the_same_logits():
     """Also with everything that edits logits, whose counts go on from step to step, in step() and in decode()."""
-    every = {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "presence_penalty": 0.2, "logit_bias": {5: 2.0}, "banned_tokens": (7,)}
+    every = {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "presence_penalty": 0.2}
+    every |= {"logit_bias": {5: 2.0}, "banned_tokens": (7,)}
     for params in ({}, every, {**every, "temperature": 1.0, "top_k": 0, "top_p": 1.0}, {"min_p": 0.05, "typical_p": 0.9}):
         prompts = prompts_of(1031, [20, 3, 65])
         runner = runner_of("heads-of-32", "fp32", 2)
@@ -258,7 +265,9 @@ def test_draws_are_those_of_sample_on_the_same_logits():
                 assert (again.tokens, again.logprobs, again.top_logprobs) == driver.made()[i], (params, streamed)
 
 
-@pytest.mark.parametrize("params", [{"order": "vllm", "min_p": 0.1}, {"order": "llama.cpp"}, {"logprobs_mode": "processed"}], ids=str)
+@pytest.mark.parametrize(
+    "params", [{"order": "vllm", "min_p": 0.1}, {"order": "llama.cpp"}, {"logprobs_mode": "processed"}], ids=str
+)
 def test_what_kernels_do_not_do_is_done_in_torch(params):
     """Also for rows of several kinds in one batch."""
     runner = runner_of("heads-of-32", "fp32", 2)
@@ -275,9 +284,9 @@ def test_what_kernels_do_not_do_is_done_in_torch(params):
 
 def test_nan_fails_its_row_alone():
     """NaN at a position: sequences that reach it fail there, the others keep their bits; the pages can be used again."""
-    weights = packed_of("heads-of-32", "fp32")
-    broken = replace(weights, tensors={**weights.tensors, "transformer.wpe.weight": weights.tensors["transformer.wpe.weight"].clone()})
-    broken.tensors["transformer.wpe.weight"][10] = float("nan")
+    weights, name = packed_of("heads-of-32", "fp32"), "transformer.wpe.weight"
+    broken = replace(weights, tensors={**weights.tensors, name: weights.tensors[name].clone()})
+    broken.tensors[name][10] = float("nan")
     prompts = prompts_of(1031, [11, 4, 8])
     whole = Driver(runner_of("heads-of-32"), prompts).prefill().decode(4).made()
     runner = CppRunner(broken, 2, 20)
@@ -420,9 +429,10 @@ def test_bad_batches(change, message):
 def test_bad_weights_and_numbers():
     weights = packed_of("scaled", "int8")
     name, norm = "transformer.h.1.mlp.c_fc.weight", "transformer.ln_f.bias"
+    codes = weights.tensors[name]
     for tensors, message in (
-        ({name: weights.tensors[name][:-1]}, f"{name} has .* bytes, needs"),
-        ({name: torch.cat((weights.tensors[name], weights.tensors[name]))[1 : len(weights.tensors[name]) + 1]}, "multiple of 64 bytes"),
+        ({name: codes[:-1]}, f"{name} has .* bytes, needs"),
+        ({name: torch.cat((codes, codes))[1 : len(codes) + 1]}, "multiple of 64 bytes"),
         ({name: weights.tensors[norm]}, f"{name} is Float"), ({norm: torch.zeros(39)}, f"{norm} has shape"),
     ):  # fmt: skip
         with pytest.raises(Error, match=message):
