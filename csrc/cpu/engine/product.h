@@ -29,6 +29,8 @@ constexpr int64_t kGroup = 64;   // consecutive inputs that share an int4 scale
 //   int8   word w: codes of inputs 4w .. 4w + 3; behind all words kPanel fp32 scales and kPanel int32 sums of codes x 128
 //   int4   for each group 8 words: byte b of word w holds, plus 8, the code of input 8w + b in its low half and of 8w + 4 + b in its
 //          high half; behind them kPanel bf16 scales
+// One row reads it once, in order, and as fast as memory gives it: in huge pages nearly twice as fast as in pages of 4 KiB on Zen 4
+// (33 against 18 GB/s a core), and no faster with prefetch instructions.
 struct PackedWeight {
   Format format;
   int64_t outputs, inputs;  // M, K
