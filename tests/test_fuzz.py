@@ -97,6 +97,7 @@ LOADERS: dict[str, tuple[tuple[str, ...], Callable[[Path], object]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.*starts with random weights")
 @pytest.mark.parametrize("loader", LOADERS)
 def test_damage_gives_one_typed_line_or_a_result(loader: str, good: Path, tmp_path: Path) -> None:
     root, (names, load) = Path(shutil.copytree(good, tmp_path / "root")), LOADERS[loader]
