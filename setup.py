@@ -196,7 +196,7 @@ class Build(build_ext):
 
     def add_cpp(self, ninja: NinjaFile) -> list[str]:
         define = [*ninja.torch_flags, "-DTORCH_EXTENSION_NAME=_C"]
-        sources = [ROOT / "csrc/ops.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
+        sources = [ROOT / "csrc/ops.cpp", *sorted((ROOT / "csrc/cpu").rglob("*.cpp"))]
         objects = []
         for source in sources:
             kind, _, isa = source.stem.rpartition("_")

@@ -1,4 +1,4 @@
-"""Options that every benchmark understands, and those of bench_train.py."""
+"""Options that every benchmark understands, and those of bench_train.py and bench_generate.py."""
 
 import pytest
 
@@ -12,3 +12,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--curve-steps", type=int, help="steps of the loss curves (default: 100, fewer for the larger models)")
     group.addoption("--memory-steps", type=int, default=20, help="steps before the peak memory is read (default: 20)")
     group.addoption("--profile", action="store_true", help="print where a step of gptfast spends its time, by op")
+    group = parser.getgroup("bench_generate")
+    group.addoption("--models", metavar="FOLDER", help="where bench/peers/make_models.py wrote its models")

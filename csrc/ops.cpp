@@ -6,9 +6,11 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include "cpu/engine/binding.h"
 #include "cpu/isa.h"
 #include "cpu/matmul.h"
 #include "cpu/memory.h"
+#include "cpu/read_bandwidth.h"
 
 TORCH_LIBRARY(gptfast, m) {
   // Rows [N, C] are contiguous and fp32, bf16 or fp16; statistics, losses and lse are fp32. Each gradient has its input's dtype unless
@@ -30,7 +32,9 @@ TORCH_LIBRARY(gptfast, m) {
   m.def("embedding(Tensor ids, Tensor positions, Tensor wte, Tensor wpe) -> Tensor");
   m.def("embedding_backward(Tensor dy, Tensor ids, Tensor positions, int vocab, int context) -> (Tensor dwte, Tensor dwpe)");
   // weight [M, K] of any strides, in x's dtype; dweight has weight's strides where these are dense
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  // A packed weight is pack_weight's buffer, with its format (fp32, bf16, int8, int4; "" is a plain weight) and M as `outputs`
+  m.def("pack_weight(Tensor weight, str format) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, str format=\"\", int outputs=0) -> Tensor");
   m.def("linear_backward(Tensor dy, Tensor x, Tensor weight) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 
   // q, k, v [B, T, H, D] with a last stride of 1; document_ids [B, T], -1 is padding; seed [1] where dropout_p > 0
@@ -41,6 +45,11 @@ TORCH_LIBRARY(gptfast, m) {
   // caches [pages, H, 64, D] fp32 or bf16
   m.def("cache_append_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor block_table, Tensor start) -> ()");
   m.def("decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor lengths, float scale) -> Tensor");
+
+  // fused decode steps, 1 to 32 rows; weights as in linear; activation: none, gelu or gelu_tanh; y in x's dtype, or residual's
+  m.def("layer_norm_linear(Tensor x, Tensor? ln_weight, Tensor? ln_bias, Tensor weight, Tensor? bias, str activation, float eps,"
+        " str format=\"\", int outputs=0) -> Tensor");
+  m.def("linear_add(Tensor x, Tensor weight, Tensor? bias, Tensor residual, str format=\"\", int outputs=0) -> Tensor");
 
   m.def("cross_entropy(Tensor logits, Tensor targets, int ignore_index, int vocab) -> (Tensor loss, Tensor lse)");
   m.def("cross_entropy_backward(Tensor dloss, Tensor logits, Tensor targets, Tensor lse, int ignore_index, int vocab) -> Tensor dlogits");
@@ -65,6 +74,12 @@ TORCH_LIBRARY(gptfast, m) {
   m.def("sample(Tensor logits, Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor? typical_p, Tensor? repetition,"
         " Tensor? frequency, Tensor? presence, Tensor? bias, Tensor? mask, Tensor? prompt, Tensor(a!)? counts, Tensor seed,"
         " Tensor position, Tensor choice, int top_n)"
+        " -> (Tensor token, Tensor status, Tensor logprob, Tensor top_ids, Tensor top_logprobs)");
+  // weights as in linear; of a packed one `vocab` outputs are real. The rest as in sample.
+  m.def("lm_head_sample(Tensor x, Tensor? ln_weight, Tensor? ln_bias, Tensor weight, float eps, Tensor temperature, Tensor? top_k,"
+        " Tensor? top_p, Tensor? min_p, Tensor? typical_p, Tensor? repetition, Tensor? frequency, Tensor? presence, Tensor? bias,"
+        " Tensor? mask, Tensor? prompt, Tensor(a!)? counts, Tensor seed, Tensor position, Tensor choice, int top_n,"
+        " str format=\"\", int outputs=0, int vocab=0)"
         " -> (Tensor token, Tensor status, Tensor logprob, Tensor top_ids, Tensor top_logprobs)");
 }
 
@@ -98,4 +113,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("__enter__", [](StepMemory& memory) -> StepMemory& { memory.enter(); return memory; })
       .def("__exit__", [](StepMemory& memory, const pybind11::args&) { memory.leave(); })
       .def_property_readonly("bytes_held", &StepMemory::bytes_held);
+  using gptfast::cpu::MemoryReader;
+  const auto unlocked = pybind11::call_guard<pybind11::gil_scoped_release>();
+  pybind11::class_<MemoryReader>(m, "MemoryReader", "A buffer, and several ways to read it: MemoryReader(bytes, threads, huge_pages)")
+      .def(pybind11::init<int64_t, int, bool>(), unlocked)
+      .def_static("patterns", &MemoryReader::patterns, "Names of the ways, in the order of their numbers")
+      .def("read", &MemoryReader::read, unlocked, "Seconds of `times` passes over the buffer: read(pattern, times)")
+      .def_property_readonly("bytes", &MemoryReader::bytes);
+  gptfast::cpu::engine::bind(m);
 }

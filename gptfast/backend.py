@@ -209,6 +209,11 @@ def supports(op: str, name: str, inputs: tuple[Any, ...] = (), needs_grad: bool 
     return _limits[op](name, inputs, needs_grad) if op in _limits else None
 
 
+def forced() -> dict[str, str]:
+    """The backend that is forced here for single ops, {op: backend}."""
+    return dict(_request.forced)
+
+
 def order(op: str, device: str) -> tuple[str, ...]:
     """Backends in the order they are tried for `op` on a device type, with what this thread asked for in front."""
     table = PREFER.get((op, device), ORDER.get(device, ("eager",)))

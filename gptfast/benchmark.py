@@ -18,6 +18,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from gptfast import proof
 from gptfast._environment import check_backend, check_op
 from gptfast.backend import step_memory, supports, use
+from gptfast.bandwidth import fastest_reads, read_ways, torch_reads
 from gptfast.errors import Error, LoadError
 
 T = TypeVar("T")
@@ -86,18 +88,24 @@ def interleave(
     CPU come from memory that is kept, as in a training step: clearing new pages takes the system longer than most kernels here,
     whoever asks for them. Raises gptfast.Error for fewer than five rounds: a median of less says nothing on a shared machine.
     """
-    if rounds < MIN_ROUNDS:
-        raise Error(f"benchmark: {rounds} rounds; at least {MIN_ROUNDS} are needed for a median with a spread")
     calls = {}
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
-    names = list(candidates)
     with step_memory(torch.device(device)) if keep_memory else contextlib.nullcontext():
         for name, function in candidates.items():
             _sample(function, warmup, device)
             calls[name] = max(1, math.ceil(seconds / max(_sample(function, 1, device), 1e-7)))
-        for start in range(rounds):
-            for name in (*names[start % len(names):], *names[:start % len(names)]):
-                samples[name].append(_sample(candidates[name], calls[name], device))
+        return alternate({n: partial(_sample, function, calls[n], device) for n, function in candidates.items()}, rounds)
+
+
+def alternate(candidates: Mapping[str, Callable[[], float]], rounds: int = 7) -> dict[str, Timing]:
+    """interleave() for candidates that time themselves, each call returning seconds: those that run in a process of their own.
+    Raises gptfast.Error for fewer than five rounds."""
+    if rounds < MIN_ROUNDS:
+        raise Error(f"benchmark: {rounds} rounds; at least {MIN_ROUNDS} are needed for a median with a spread")
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    names = list(candidates)
+    for start in range(rounds):
+        for name in (*names[start % len(names):], *names[:start % len(names)]):
+            samples[name].append(candidates[name]())
     return {name: summarise(values) for name, values in samples.items()}
 
 
@@ -169,9 +177,11 @@ def _best(candidates: Iterable[Callable[[], Any]], device: str, repeats: int) ->
 
 
 def bandwidths(device: str = "cpu", repeats: int = 5) -> dict[str, float]:
-    """Bytes a second with torch's threads: `copy` counts what is read and written, `read` what is read. Best of two sizes, each
-    past every cache, and of several kernels."""
+    """Bytes a second with torch's threads: `copy` counts what is read and written, best of two sizes, each past every cache, and
+    of several kernels; `read` what is read, the fastest of read_ways() on a CPU."""
     rates = {"copy": 0.0, "read": 0.0}
+    if device == "cpu":
+        rates["read"] = max(fastest_reads(read_ways(), repeats).values())
     for size in (past_cache(device), past_cache(device) // 2):
         source = torch.ones(max(size, 1 << 20) // 4, device=device)
         target = torch.empty_like(source)
@@ -180,14 +190,9 @@ def bandwidths(device: str = "cpu", repeats: int = 5) -> dict[str, float]:
             lambda s=source, t=target: t.copy_(s),  # type: ignore[misc]
             lambda s=source, t=target: torch.mul(s, 2.0, out=t),  # type: ignore[misc]
         ]
-        words = source.view(torch.int32)
-        reads: list[Callable[[], Any]] = [
-            lambda s=source: s.sum(),  # type: ignore[misc]
-            lambda s=source: torch.dot(s, s),  # type: ignore[misc]
-            lambda w=words: w.max(),  # type: ignore[misc]
-        ]
         rates["copy"] = max(rates["copy"], 2 * nbytes / _best(copies, device, repeats))
-        rates["read"] = max(rates["read"], nbytes / _best(reads, device, repeats))
+        if device != "cpu":
+            rates["read"] = max(rates["read"], nbytes / _best(torch_reads(source), device, repeats))
     return rates
 
 
@@ -313,8 +318,8 @@ def _version(package: str) -> str | None:
 
 
 def row(
-    op: str, shape: Iterable[int], dtype: torch.dtype, direction: str, candidate: str, timing: Timing, limits: Mapping[str, float],
-    nbytes: int | None = None, flops: float | None = None, ceiling: str = "copy",
+    op: str, shape: Iterable[int], dtype: torch.dtype | str, direction: str, candidate: str, timing: Timing,
+    limits: Mapping[str, float], nbytes: int | None = None, flops: float | None = None, ceiling: str = "copy",
 ) -> dict[str, Any]:
     """One line of the results. `nbytes` moved or `flops` done a call give the rate and, with `limits` from ceilings(), the fraction
     of `ceiling` that was reached. Raises gptfast.Error for a ceiling that was not measured."""

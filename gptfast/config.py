@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gptfast.errors import Error
+from gptfast.errors import Error, shown
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
@@ -72,19 +72,19 @@ class GPT2Config:
             return
         if name in _CHOICES:
             if value not in _CHOICES[name]:
-                raise Error(f"config: {name} is {value!r}; allowed: {', '.join(_CHOICES[name])}")
+                raise Error(f"config: {name} is {shown(value)}; allowed: {', '.join(_CHOICES[name])}")
         elif kind.startswith("int"):
             low, high = _WHOLE.get(name, (0, 2**31 - 1))
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-                raise Error(f"config: {name} is {value!r}; a whole number of {low} to {high:,} is needed")
+                raise Error(f"config: {name} is {shown(value)}; a whole number of {low} to {high:,} is needed")
         elif kind == "float":
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             dropout = name.endswith("pdrop")
             if not number or not (0 <= value < 1 if dropout else 0 < value < 1e3):
                 needed = "at least 0 and below 1" if dropout else "a positive number"
-                raise Error(f"config: {name} is {value!r}; {needed} is needed")
+                raise Error(f"config: {name} is {shown(value)}; {needed} is needed")
         elif kind == "bool" and not isinstance(value, bool):
-            raise Error(f"config: {name} is {value!r}; true or false is needed")
+            raise Error(f"config: {name} is {shown(value)}; true or false is needed")
 
     @property
     def mlp_width(self) -> int:
@@ -104,7 +104,7 @@ class GPT2Config:
         """
         for name, plain in _UNSUPPORTED.items():
             if values.get(name, plain) not in (plain, None):
-                raise Error(f"config: {name} is {values[name]!r}, which gptfast does not support; only {plain!r} is")
+                raise Error(f"config: {name} is {shown(values[name])}, which gptfast does not support; only {plain!r} is")
         known = {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values}
         if isinstance(known.get("eos_token_id"), list):  # a list belongs to generation_config.json; its first id ends a text
             known["eos_token_id"] = known["eos_token_id"][0] if known["eos_token_id"] else None
@@ -142,7 +142,7 @@ def _check_labels(names: Any) -> dict[int, str]:
     try:
         result = {int(index): str(name) for index, name in names.items()}
     except (AttributeError, TypeError, ValueError):
-        raise Error(f"config: id2label is {names!r}; an object of class number and name is needed") from None
+        raise Error(f"config: id2label is {shown(names)}; an object of class number and name is needed") from None
     if sorted(result) != list(range(len(result))) or not result:
         raise Error(f"config: id2label has the keys {sorted(result)}; 0 to {max(len(result) - 1, 0)} are needed")
     return result
@@ -198,10 +198,10 @@ def _check_range(field: dataclasses.Field[Any], value: Any) -> None:
     types: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool}
     word = kind.split(" ")[0]
     if not isinstance(value, types[word]) or (isinstance(value, bool) and word != "bool"):
-        raise Error(f"training: {field.name} is {value!r}; {word} is needed")
+        raise Error(f"training: {field.name} is {shown(value)}; {word} is needed")
     choices, low, high = (field.metadata.get(name) for name in ("choices", "low", "high"))
     if choices is not None and value not in choices:
-        raise Error(f"training: {field.name} is {value!r}; allowed: {', '.join(choices)}")
+        raise Error(f"training: {field.name} is {shown(value)}; allowed: {', '.join(choices)}")
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         allowed = f"at least {low}" if high is None else f"{low} to {high}"
         raise Error(f"training: {field.name} is {value}; allowed: {allowed}")

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from gptfast.checkpoint import read_json, sync_folder, write_json
-from gptfast.errors import Error, LoadError
+from gptfast.errors import Error, LoadError, shown
 
 if TYPE_CHECKING:
     from gptfast.tokenizer import GPT2Tokenizer
@@ -387,12 +387,14 @@ def read_meta(folder: Path | str) -> dict[str, Any]:
         for split in SPLITS:
             for shard in meta[split]["shards"]:
                 if Path(shard["file"]).name != shard["file"]:
-                    raise LoadError(f"{path}: names the shard {shard['file']!r}, which is outside the folder")
+                    raise LoadError(f"{path}: names the shard {shown(shard['file'])}, which is outside the folder")
+                str(shard["sha256"] + ""), int(shard["tokens"])
+            int(meta[split]["bytes"])
         str(meta["vocabulary"] + meta["dtype"]), int(meta["vocab_size"]), int(meta["eos_token_id"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, Error):
             raise
-        raise LoadError(f"{path}: malformed ({error!r})") from error
+        raise LoadError(f"{path}: malformed ({shown(error)})") from error
     return meta
 
 

@@ -142,7 +142,7 @@ def load_state(
     Names with and without the prefix are read, the causal masks in old files are left out. `optional` may be missing, `foreign`
     may be there. A tied head may be stored again if it is equal. Raises gptfast.LoadError that names the tensor and the file.
     """
-    wanted = _dtype(dtype)
+    wanted = dtype_of(dtype)
     stored: dict[str, str] = {}  # our name -> file that holds it
     state: dict[str, Tensor] = {}
     head: Tensor | None = None
@@ -169,7 +169,8 @@ def load_state(
     return {name: tensor.to(device=device, dtype=wanted) for name, tensor in state.items()}
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A torch dtype from its name in DTYPES; None stays. Raises gptfast.Error for another."""
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise Error(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")

@@ -7,6 +7,7 @@ blocks are in layers.py.
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -99,23 +100,27 @@ class PreTrained(nn.Module):
         device: torch.device | str | None = None,
         revision: str | None = None,
     ) -> Self:
-        """The model in a folder or on the hub, in evaluation mode. `dtype` None keeps the stored one.
+        """The model of a folder, a hub id or a packed file of fp32 or bf16, in evaluation mode. `dtype` None: the stored one.
 
         Raises gptfast.LoadError with one line for what is missing, malformed or does not fit its config.json.
         """
-        folder = hub.resolve(path, revision)
-        config = hub.load_config(folder)
+        file = import_module("gptfast.packed").open(path) if os.path.isfile(path) else None
+        folder = hub.resolve(path, revision) if file is None else Path(path)
+        config = hub.load_config(folder) if file is None else file.config
         with torch.device("meta"):
             model = cls(config)
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        state = hub.load_state(folder, shapes, optional=cls.heads, foreign=cls.foreign, dtype=dtype, device=device)
+        if file is None:
+            state = hub.load_state(folder, shapes, optional=cls.heads, foreign=cls.foreign, dtype=dtype, device=device)
+        else:
+            state = {name: tensor.to(device, hub.dtype_of(dtype)) for name, tensor in file.state().items()}
         for name in shapes.keys() - state.keys():
             warnings.warn(f"{folder} has no {name}: this head starts with random weights", stacklevel=2)
             like = state["transformer.wte.weight"]
             state[name] = torch.empty(shapes[name], dtype=like.dtype, device=like.device).normal_(std=config.initializer_range)
         model.load_state_dict(state, strict=False, assign=True)
         model._tie()
-        model.generation_config = hub.load_generation_config(folder)
+        model.generation_config = hub.load_generation_config(folder) if file is None else file.generation_config
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "5GB") -> None:

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union
 import typer
 from rich.markup import escape
 
-from gptfast.errors import Error, LoadError
+from gptfast.errors import Error, LoadError, shown
 
 T = TypeVar("T")
 _WORDS: dict[Any, tuple[str, str]] = {  # type -> (what an error asks for, metavar)
@@ -110,12 +110,12 @@ def _scalar(key: Key, kind: type, value: Any, where: str) -> Any:
     except (ValueError, OverflowError):
         fits = False
     if not fits:
-        raise Error(f"{where} is {value!r}; {_WORDS[kind][0]} is needed")
+        raise Error(f"{where} is {shown(value)}; {_WORDS[kind][0]} is needed")
     if kind is not key.kind:
         return converted
     if key.choices is not None and converted not in key.choices:
         allowed = [str(choice) for choice in key.choices]
-        raise Error(f"{where} is {value!r}{nearest(str(value), allowed)}; allowed: {', '.join(allowed)}")
+        raise Error(f"{where} is {shown(value)}{nearest(str(value), allowed)}; allowed: {', '.join(allowed)}")
     low, high = key.low, key.high
     number: Any = converted
     if not ((low is None or number >= low) and (high is None or number <= high)):  # NaN is outside wherever there is a bound
@@ -218,7 +218,7 @@ def read_mapping(values: Any, known: Mapping[str, Key], where: str) -> dict[str,
         raise Error(f"{where} holds {type(values).__name__}; a mapping of option names to values is needed")
     for name in values:
         if name not in known:
-            raise Error(f"{where}: unknown key {name!r}{nearest(str(name), known)}")
+            raise Error(f"{where}: unknown key {shown(name)}{nearest(str(name), known)}")
     return {name: convert(known[name], value, f"{where}: {name}") for name, value in values.items()}
 
 

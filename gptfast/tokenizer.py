@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
     chr(256 + place): byte for place, byte in enumerate(byte for byte in range(256) if byte not in _PRINTABLE)
 }
+
+# the same for str.translate: Latin-1 characters that stand for no byte become one that Latin-1 has not
+_SPELLED = dict.fromkeys(range(256), 0xFFFF) | {ord(char): byte for char, byte in BYTE_OF.items()}
 
 
 class Encoding(dict[str, Any]):
@@ -89,10 +94,14 @@ class GPT2Tokenizer:
                 raise LoadError(f"the vocabulary gives {token!r} the id {index!r}; whole numbers from 0 are needed")
             if index in spelled:
                 raise LoadError(f"the vocabulary gives the id {index} twice, the second time to {token!r}")
+            if token in self._special:
+                spelled[index] = token.encode()
+                continue
             try:
-                spelled[index] = token.encode() if token in self._special else bytes(BYTE_OF[char] for char in token)
-            except KeyError as char:
-                raise LoadError(f"the token {token!r} holds {char}, which stands for no byte: this is no byte-level BPE") from None
+                spelled[index] = token.translate(_SPELLED).encode("latin-1")
+            except UnicodeEncodeError:
+                char = next(char for char in token if char not in BYTE_OF)
+                raise LoadError(f"token {token!r} holds {char!r}, which stands for no byte: this is no byte-level BPE") from None
         return spelled
 
     def _build(self) -> Tokenizer:
@@ -116,7 +125,10 @@ class GPT2Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, revision: str | None = None) -> GPT2Tokenizer:
-        """The tokenizer in a folder or on the hub: tokenizer.json, or vocab.json with merges.txt. Raises gptfast.LoadError."""
+        """That of a folder, a hub id (tokenizer.json, or vocab.json with merges.txt) or a packed file; else gptfast.LoadError."""
+        if os.path.isfile(path):
+            found: GPT2Tokenizer = import_module("gptfast.packed").open(path).tokenizer()
+            return found
         folder = hub.resolve(path, revision, hub.TOKENIZER_FILES)
         settings = hub.read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
         if settings.get("add_bos_token"):
@@ -181,6 +193,29 @@ class GPT2Tokenizer:
             writer.json("vocab.json", dict(sorted(self._vocabulary.items(), key=lambda item: item[1])))
             writer.path("merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
             writer.json("tokenizer_config.json", settings)
+
+    def to_bytes(self) -> bytes:
+        """Everything that from_bytes() needs, as JSON: what a packed file holds, and faster to read than tokenizer.json."""
+        facts = {
+            "vocabulary": self._vocabulary, "merges": [f"{left} {right}" for left, right in self._merges], "special": self._special,
+            "ordinary": sorted(self._ordinary), "eos_token": self.eos_token, "bos_token": self.bos_token, "pad_token": self._pad,
+            "add_prefix_space": self._prefix, "padding_side": self.padding_side, "model_max_length": self.model_max_length,
+        }
+        return json.dumps(facts, ensure_ascii=False, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> GPT2Tokenizer:
+        """The tokenizer that to_bytes() wrote. Raises gptfast.LoadError for anything else."""
+        try:
+            facts = json.loads(data)
+            merges = [merge.split(" ") for merge in facts.pop("merges")]
+            if not all(len(merge) == 2 for merge in merges):
+                raise ValueError("a merge is not two tokens")
+            return cls(facts.pop("vocabulary"), [(left, right) for left, right in merges], **facts)
+        except LoadError:
+            raise
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+            raise LoadError(f"this is no tokenizer that gptfast wrote ({type(error).__name__}: {error})") from None
 
     def fingerprint(self) -> str:
         """SHA-256 in hex of everything that decides which ids a text gets."""

@@ -33,6 +33,23 @@ def test_rounds_alternate_and_medians_tell_slow_from_fast() -> None:
     assert calls[4:] == ["fast", "slow", "slow", "fast"] * 3, "each round starts with the next candidate"
 
 
+def test_candidates_that_time_themselves_take_turns() -> None:
+    calls: list[str] = []
+    numbers = {"a": itertools.count(1), "b": itertools.count(10)}
+
+    def candidate(name: str) -> Any:
+        def run() -> float:
+            calls.append(name)
+            return float(next(numbers[name]))
+        return run
+
+    timings = bench.alternate({name: candidate(name) for name in numbers}, rounds=5)
+    assert timings["a"].samples == [1.0, 2.0, 3.0, 4.0, 5.0] and timings["b"].median == 12.0
+    assert calls == ["a", "b", "b", "a"] * 2 + ["a", "b"]
+    with pytest.raises(Error, match="4 rounds; at least 5"):
+        bench.alternate({"a": lambda: 1.0}, rounds=4)
+
+
 def test_summary_is_median_and_interquartile_range() -> None:
     timing = bench.summarise([5.0, 1.0, 2.0, 3.0, 4.0])
     assert (timing.median, timing.spread) == (3.0, pytest.approx(2.0 / 3.0))
@@ -53,6 +70,7 @@ def test_inputs_leave_every_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ceilings_are_rates_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "past_cache", lambda device: 8 << 20)
+    monkeypatch.setattr("gptfast.bandwidth.read_bytes", lambda: 8 << 20)
     found = bench.bandwidths(repeats=1)
     assert set(found) == {"copy", "read"} and all(1e8 < rate < 1e13 for rate in found.values())
     assert len(bench._products(torch.ones(8, 8), torch.ones(8, 8))) >= 1

@@ -87,7 +87,7 @@ def _commands() -> dict[str, Any]:
 
 def test_commands_are_those_that_exist() -> None:
     assert set(_commands()) == {
-        "demo", "prepare", "train", "generate", "score", "evaluate", "convert", "backends", "doctor",
+        "demo", "prepare", "train", "generate", "score", "evaluate", "chat", "convert", "backends", "doctor",
     }
 
 
@@ -219,7 +219,7 @@ def test_a_wrong_environment_is_one_line_too(command: list[str]) -> None:
 
 def test_generate_streams_only_the_answer(run: Run, model: Path) -> None:
     code, out, err = run("generate", model, "the cat", "--max-tokens", "6", "--seed", "5", "--device", "cpu")
-    assert code == 0 and "seed 5" in err and "eager" in err
+    assert code == 0 and "seed 5" in err and "engine: " in err and "tokens in" in err
     code, text, _ = run("generate", model, "the cat", "--max-tokens", "6", "--seed", "5", "--json")
     result = json.loads(text)
     (answer,) = result["completions"]

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 OPS = {path.stem for path in (ROOT / "gptfast/ops").glob("*.py") if not path.stem.startswith("_")}
 # composed ops use other ops' leaf modules; all others stand alone
 COMPOSED = {"add_layer_norm", "linear_cross_entropy", "layer_norm_linear", "linear_add", "lm_head_sample", "transformer_block"}
-BELOW_MODEL = ("ops", "backend", "kernels", "errors", "_environment", "philox")
+BELOW_MODEL = ("ops", "backend", "kernels", "errors", "_environment", "packing", "philox")
 ABOVE_MODEL = ("tasks", "training", "generation", "serving", "cli", "commands", "demo", "benchmark", "testing", "doctor", "data")
 PYTHON = [ROOT / "setup.py", *(p for f in ("gptfast", "kernels", "tests", "bench") for p in sorted((ROOT / f).rglob("*.py")))]
 NATIVE = sorted(p for f in ("csrc", "tests/shim") for p in (ROOT / f).rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".cuh"))
@@ -69,7 +69,7 @@ def test_an_op_has_one_name(folder: str, pattern: str) -> None:
             "vec", "vec_types", "vec_math", "vec_product", "philox_vec", "isa", "tensor", "matmul", "memory", "kernels",
             "convert", "partials", "transpose", "kernels_plain", "kernels_avx2", "kernels_avx512",
             "exact", "exact_plain", "exact_avx2", "exact_avx512", "exact_vec", "select_vec", "sample_row", "sample_filters",
-            "sample_draw", "paged", "paged_tensor", "attention_backward", "attention_block",
+            "sample_draw", "paged", "paged_tensor", "packed_tensor", "attention_backward", "attention_block", "read_bandwidth",
         },
         "csrc/cuda": {"ptx", "vec", "reduce", "launch", "array", "launchers", "bindings"},
     }.get(folder, set())

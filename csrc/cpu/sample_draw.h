@@ -42,11 +42,12 @@ GPTFAST_INLINE void offer_small_words(const Row& row, int64_t first, int64_t end
   }
 }
 
-// Among all ids with x > -inf: words for all, the logarithms only of words that can win against the best of before
-int64_t draw_any(const Row& row) {
+// Among all ids of these tiles with x > -inf, and the largest x: words for all, the logarithms only of words that can win against the
+// best of before
+Winner draw_tiles(const Row& row, int64_t first_tile, int64_t end_tile) {
   Winner winner;
   winner.offer(philox::gumbel(row.seed, static_cast<uint32_t>(row.best_id), row.position, row.choice), row.best_id);
-  for (int64_t tile = 0; tile < row.tiles; ++tile) {
+  for (int64_t tile = first_tile; tile < end_tile; ++tile) {
     const float most = scaled(row, max(load(row.groups + tile * kWidth)));
     float before = -kInfinity;
     uint64_t limit = 0;
@@ -57,21 +58,24 @@ int64_t draw_any(const Row& row) {
       offer_small_words(row, first, tile_end(row, tile), limit, winner);
     }
   }
-  return winner.id;
+  return winner;
 }
 
 // Among the candidates
 int64_t draw_candidate(Row& row) {
   if (row.count * 3 > row.vocab) {  // words of all ids cost less than a block of four for each
+    float* x = row.other;           // only the candidates have one
     int64_t next = 0;
     for (int64_t j = 0; j < row.count; ++j) {
       int32_t id;
       __builtin_memcpy(&id, row.ids + j, sizeof(id));
-      for (; next < id; ++next) row.x[next] = -kInfinity;
-      ++next;
+      for (; next < id; ++next) x[next] = -kInfinity;
+      x[next++] = row.x[id];
     }
-    for (; next < row.vocab; ++next) row.x[next] = -kInfinity;
-    return draw_any(row);
+    for (; next < row.vocab; ++next) x[next] = -kInfinity;
+    Row few = row;
+    few.x = x;
+    return draw_tiles(few, 0, row.tiles).id;
   }
   Vec best = set(-kInfinity);
   Ints best_ids = {};
@@ -153,8 +157,10 @@ void write_top(const Sample& args, int64_t* ids, Row& row) {
 template <typename T>
 void write_logprobs(const Sample& args, int64_t index, int64_t token, Row& row) {
   const T* logits = static_cast<const T*>(args.logits) + index * args.logits_stride;
+  row.log_sum = log_sum(logits, row);
   args.logprob[index] = token < 0 ? 0.0f : log_probability(row, load_logits(logits + token, 1))[0];
   if (args.top_n == 0) return;
+  row.x = row.other;
   for (int64_t tile = 0; tile < row.tiles; ++tile) {
     Vec most = set(-kInfinity);
     for (int64_t i = tile * kSampleTile; i < tile_end(row, tile); i += kWidth) {

@@ -113,13 +113,12 @@ void keep_typical(Row& row, float p) {
   keep(row, [&](Vec y) { return (Ints)(key(y) >= set(b)); });
 }
 
-// Leaves the candidates that pass; false where no filter is on, and there are none
-bool apply_filters(const Sample& args, int64_t index, Row& row) {
+// Leaves the candidates that pass; at least one filter is on
+void apply_filters(const Sample& args, int64_t index, Row& row) {
   const int64_t k = args.top_k ? args.top_k[index] : 0;
   const float top_p = args.top_p ? args.top_p[index] : 1, typical_p = args.typical_p ? args.typical_p[index] : 1;
   const float min_p = args.min_p ? args.min_p[index] : 0;
   const bool use_k = k > 0 && k < row.vocab;
-  if (!use_k && !(top_p < 1) && !(min_p > 0) && !(typical_p < 1)) return false;
   const float clamped = min_p < 0x1p-126f ? 0x1p-126f : min_p > 1 ? 1.0f : min_p;
   const float least = min_p > 0 ? philox::log(clamped) : -kInfinity;
   if (use_k) {
@@ -133,7 +132,6 @@ bool apply_filters(const Sample& args, int64_t index, Row& row) {
   if (top_p < 1) keep_top_p(row, top_p);
   if (min_p > 0) keep(row, [&](Vec y) { return (Ints)(y >= set(least)); });
   if (typical_p < 1) keep_typical(row, typical_p);
-  return true;
 }
 
 }  // namespace

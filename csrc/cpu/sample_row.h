@@ -8,9 +8,12 @@ namespace {
 
 struct Row {
   int64_t vocab, tiles;
-  float *x, *y, *ids, *keys, *values;  // [V] each, whole registers: edited logits; candidates and their ids (as bits); work space
+  float *x;                            // [V], whole registers: edited logits; the logits themselves where these are not edited
   float *groups;                       // [tiles, kWidth]: the largest x of each lane of a tile
   float *tile_max, *tile_sum;          // [tiles]: of the logits as they came
+  float *tile_bad;                     // [tiles]: 1 for a NaN among the logits, 2 for one among the edited, 3 for both
+  float *y, *ids, *keys, *values;      // [V] each, whole registers: candidates and their ids (as bits); work space
+  float* other;                        // [V], whole registers: an x in place of the first one
   bool raw_nan, failed;
   float raw_max, log_sum;              // of the logits as they came
   float best, temperature;             // the largest x
@@ -20,19 +23,21 @@ struct Row {
   uint32_t position, choice;
 };
 
-Row row_in(float* scratch, int64_t vocab) {
+Row row_in(const SampleMemory& memory, int64_t vocab) {
   Row row{};
-  const int64_t room = (vocab + kSampleTile - 1) / kSampleTile * kSampleTile + 64;
+  const int64_t room = sample_row_room(vocab);
   row.vocab = vocab;
-  row.tiles = (vocab + kSampleTile - 1) / kSampleTile;
-  row.x = scratch;
-  row.y = row.x + room;
+  row.tiles = sample_tiles(vocab);
+  row.x = memory.x;
+  row.groups = memory.tiles;
+  row.tile_max = row.groups + row.tiles * kWidth;
+  row.tile_sum = row.tile_max + row.tiles;
+  row.tile_bad = row.tile_sum + row.tiles;
+  row.y = memory.work;
   row.ids = row.y + room;
   row.keys = row.ids + room;
   row.values = row.keys + room;
-  row.groups = row.values + room;
-  row.tile_max = row.groups + (row.tiles + 1) * kWidth;
-  row.tile_sum = row.tile_max + row.tiles;
+  row.other = row.values + room;
   return row;
 }
 
@@ -114,40 +119,46 @@ float log_sum(const T* logits, const Row& row) {
   return row.raw_max + philox::log(static_cast<float>(total));
 }
 
-// Fills row.x and row.groups, and what there is to know of the logits as they came
+// Fills row.x, row.groups and what is kept of a tile. Where x is the logits themselves, they stay as they are.
 template <typename T, bool kEdited>
-void read_row(const Sample& args, int64_t index, Row& row) {
+void read_tile(const Sample& args, int64_t index, int64_t tile, const Row& row) {
   const T* logits = static_cast<const T*>(args.logits) + index * args.logits_stride;
+  const int64_t first = tile * kSampleTile, end = tile_end(row, tile);
   Ints bad_raw = {}, bad = {};
-  row.raw_max = row.best = -kInfinity;
-  for (int64_t tile = 0; tile < row.tiles; ++tile) {
-    const int64_t first = tile * kSampleTile, end = tile_end(row, tile);
-    Vec most = set(-kInfinity), most_raw = most;
-    for (int64_t i = first; i < end; i += kWidth) {
-      const int lanes = end - i < kWidth ? static_cast<int>(end - i) : kWidth;
-      const Vec raw = load_logits(logits + i, lanes);
-      bad_raw |= (Ints)(raw != raw);
-      most_raw = maximum(raw, most_raw);
-      if (kEdited) {
-        const Vec x = edit(args, index, i, lanes, raw);
-        bad |= (Ints)(x != x);
-        most = maximum(x, most);
-        store(row.x + i, x);
-      } else {
-        store(row.x + i, raw);
-      }
+  Vec most = set(-kInfinity), most_raw = most;
+  for (int64_t i = first; i < end; i += kWidth) {
+    const int lanes = end - i < kWidth ? static_cast<int>(end - i) : kWidth;
+    const Vec raw = load_logits(logits + i, lanes);
+    bad_raw |= (Ints)(raw != raw);
+    most_raw = maximum(raw, most_raw);
+    if (kEdited) {
+      const Vec x = edit(args, index, i, lanes, raw);
+      bad |= (Ints)(x != x);
+      most = maximum(x, most);
+      store(row.x + i, x);
+    } else {
+      store(row.x + i, raw);
     }
-    if (!kEdited) most = most_raw;
-    store(row.groups + tile * kWidth, most);
-    const float most_here = max(most), raw_here = max(most_raw);
-    row.best = most_here > row.best ? most_here : row.best;
-    row.raw_max = raw_here > row.raw_max ? raw_here : row.raw_max;
-    row.tile_max[tile] = raw_here;
-    row.tile_sum[tile] = tile_sum<T, kEdited>(logits, row, first, end, raw_here > -kInfinity ? raw_here : 0.0f);
   }
-  row.raw_nan = bits_of(bad_raw) != 0;
-  row.failed = row.raw_nan || bits_of(bad) != 0;
-  row.log_sum = log_sum(logits, row);
+  if (!kEdited) most = most_raw;
+  store(row.groups + tile * kWidth, most);
+  const float raw_here = max(most_raw);
+  row.tile_max[tile] = raw_here;
+  row.tile_sum[tile] = tile_sum<T, kEdited>(logits, row, first, end, raw_here > -kInfinity ? raw_here : 0.0f);
+  row.tile_bad[tile] = static_cast<float>((bits_of(bad_raw) != 0) + 2 * (bits_of(bad) != 0));
+}
+
+// What there is to know of a row whose tiles have been read
+void combine_tiles(Row& row) {
+  row.raw_max = row.best = -kInfinity;
+  row.raw_nan = row.failed = false;
+  for (int64_t tile = 0; tile < row.tiles; ++tile) {
+    const float most = max(load(row.groups + tile * kWidth)), raw = row.tile_max[tile];
+    row.best = most > row.best ? most : row.best;
+    row.raw_max = raw > row.raw_max ? raw : row.raw_max;
+    row.raw_nan |= row.tile_bad[tile] == 1 || row.tile_bad[tile] == 3;
+    row.failed |= row.tile_bad[tile] > 0;
+  }
 }
 
 }  // namespace

@@ -30,10 +30,11 @@ constexpr int64_t kLarge = int64_t{32} << 20;  // bytes: malloc maps memory of t
 
 // at::empty for outputs that may be large. The kernel clears a page when it is first touched, and 4 KiB at a time that takes longer than
 // what is then computed: ask for huge pages, which Linux may refuse.
-inline at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
+// at_least: bytes, two huge pages or more.
+inline at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options, int64_t at_least = kLarge) {
   at::Tensor result = at::empty(sizes, options);
   const auto bytes = static_cast<int64_t>(result.nbytes());
-  if (bytes < kLarge) return result;
+  if (bytes < at_least) return result;
   constexpr uintptr_t page = uintptr_t{2} << 20;
   const auto begin = (reinterpret_cast<uintptr_t>(result.mutable_data_ptr()) + page - 1) / page * page;
   const auto end = (reinterpret_cast<uintptr_t>(result.mutable_data_ptr()) + bytes) / page * page;

@@ -32,7 +32,7 @@ struct Ops {
   c10::TypedOperatorHandle<AddLayerNorm> add_layer_norm = entry<AddLayerNorm>("gptfast::add_layer_norm");
   using AddLayerNormBackward = Three(const Optional&, const Tensor&, const Tensor&, const Optional&, const Tensor&, const Tensor&);
   c10::TypedOperatorHandle<AddLayerNormBackward> add_layer_norm_backward = entry<AddLayerNormBackward>("gptfast::add_layer_norm_backward");
-  using Linear = Tensor(const Tensor&, const Tensor&, const Optional&);
+  using Linear = Tensor(const Tensor&, const Tensor&, const Optional&, std::string_view, int64_t);
   c10::TypedOperatorHandle<Linear> linear = entry<Linear>("gptfast::linear");
   using LinearBackward = Three(const Tensor&, const Tensor&, const Tensor&);
   c10::TypedOperatorHandle<LinearBackward> linear_backward = entry<LinearBackward>("gptfast::linear_backward");
@@ -54,6 +54,9 @@ const Ops& ops() {
   static const Ops found;
   return found;
 }
+
+// with a plain weight
+Tensor linear(const Tensor& x, const Tensor& weight, const Optional& bias) { return ops().linear.call(x, weight, bias, "", 0); }
 
 // gptfast/ops/transformer_block.py, PARAMETERS
 struct Weights {
@@ -104,15 +107,15 @@ std::vector<Tensor> transformer_block_cpu(const Tensor& residual, const Optional
   } else {
     std::tie(y, mean, rstd) = ops().layer_norm.call(stream, w.ln_1, w.ln_1_bias, eps);
   }
-  const Tensor qkv = ops().linear.call(y, w.qkv.t(), w.qkv_bias).view({batch, length, 3, heads, size});
+  const Tensor qkv = linear(y, w.qkv.t(), w.qkv_bias).view({batch, length, 3, heads, size});
   const auto [o, lse] = ops().attention.call(qkv.select(2, 0), qkv.select(2, 1), qkv.select(2, 2), scale, document_ids, drop.attention_p,
                                              drop.attention_seed);
-  const Tensor attended = drop.forward(ops().linear.call(o.view({-1, width}), w.o.t(), w.o_bias), drop.seed_1);
+  const Tensor attended = drop.forward(linear(o.view({-1, width}), w.o.t(), w.o_bias), drop.seed_1);
   const auto [total_2, y_2, mean_2, rstd_2] =
       ops().add_layer_norm.call(has(x) ? total : stream, attended, w.ln_2, w.ln_2_bias, eps);
-  const Tensor hidden = ops().linear.call(y_2, w.fc.t(), std::nullopt);
+  const Tensor hidden = linear(y_2, w.fc.t(), std::nullopt);
   const Tensor active = ops().gelu.call(hidden, w.fc_bias, approximate);
-  const Tensor out = drop.forward(ops().linear.call(active, w.proj.t(), w.proj_bias), drop.seed_2);
+  const Tensor out = drop.forward(linear(active, w.proj.t(), w.proj_bias), drop.seed_2);
   const auto sizes = residual.sizes();
   return {total_2.view(sizes), out.view(sizes), total, mean, rstd, y, qkv, o, lse, mean_2, rstd_2, y_2, hidden, active};
 }

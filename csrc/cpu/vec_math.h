@@ -20,6 +20,14 @@ GPTFAST_INLINE Vec maximum(Vec a, Vec b) {  // b where a is NaN
 #endif
 }
 
+// The nearest whole number, halves to even, between `least` and `most`, for |v| < 2^22. 1.5 * 2^23 + v ends with it; an FMA would round
+// a product less often, so units that prescribe bits are compiled without contraction.
+GPTFAST_INLINE Ints whole(Vec v, int least, int most) {
+  const Ints rounded = (Ints)(v + set(12582912.0f)) - 0x4b400000;
+  const Ints bounded = rounded > most ? Ints{} + most : rounded;
+  return bounded < least ? Ints{} + least : bounded;
+}
+
 // exp(x) to 1.2 ulp: 0 below -87.33 (no denormals), inf above 88.72, NaN for NaN. x = n ln 2 + r, |r| <= ln 2 / 2; Taylor-like
 // minimax polynomial of degree 6 in r; 2^n in two factors, so that n = 128 is reached.
 GPTFAST_INLINE Vec exp(Vec x) {

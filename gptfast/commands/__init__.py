@@ -1,7 +1,7 @@
 """What the commands share: the app, the common options, the decorator that makes a command of a function, and where text goes.
 
-The bodies are in start.py (demo, prepare, train), run.py (generate, score, evaluate) and machine.py (convert, backends, doctor): in
-one file they would be past what can be read at once. Torch and everything heavy is imported inside them.
+The bodies are in start.py (demo, prepare, train), run.py (generate, score, evaluate), chat.py and machine.py (convert, backends,
+doctor): in one file they would be past what can be read at once. Torch and everything heavy is imported inside them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Common:
     """Options that mean the same in every command that has them."""
 
     device: str = option("auto", "where to run; auto is cuda where there is a GPU", choices=("auto", "cpu", "cuda"))
-    dtype: str = option("fp32", "number format of the weights", choices=("fp32", "bf16", "fp16", "int8", "int4"))
+    dtype: str | None = option(
+        None, "number format of the weights (default: fp32; a packed file's own)", choices=("fp32", "bf16", "fp16", "int8", "int4")
+    )
     threads: int | None = option(None, "CPU threads (none: PyTorch's choice)", low=1, high=4096)
     backend: str | None = option(None, "backend for every op that has it, and/or op=name to force one (as GPTFAST_BACKEND)")
     seed: int = option(0, "seed of everything random", low=0, high=2**63 - 1)
@@ -45,7 +47,7 @@ class Common:
 
 
 COMMON = keys(Common)
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="model folder, or an id on the Hugging Face hub", show_default=False)]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="model folder, packed file, or an id on the hub", show_default=False)]
 Config = Annotated[str | None, typer.Option("--config", metavar="FILE", help="YAML file with options", show_default="none")]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="print the YAML that would run, and stop", show_default="off")]
 

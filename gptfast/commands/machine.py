@@ -14,25 +14,58 @@ from gptfast.commands import FILES, MACHINE, Common, command, running
 from gptfast.errors import Error
 
 
-@command(FILES)
+@command(FILES, "dtype")
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="model folder with pytorch_model.bin", show_default=False)],
-    out: Annotated[str, typer.Option("--out", metavar="DIR", help="new folder for the result", show_default="required")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="model folder (pytorch_model.bin too), hub id, packed file", show_default=False)
+    ],
+    out: Annotated[str, typer.Option("--out", metavar="PATH", help="new folder or file for the result", show_default="required")],
     common: Common,
     given: dict[str, Any],
-    to: Annotated[str, typer.Option("--to", metavar="hf", help="hf: a Hugging Face folder with safetensors")] = "hf",
+    to: Annotated[
+        str, typer.Option("--to", metavar="hf|packed", help="hf: a folder with safetensors; packed: one file for the C++ engine")
+    ] = "hf",
 ) -> dict[str, Any]:
-    """Turn an old pytorch_model.bin into a Hugging Face folder with safetensors; nothing else ever opens a pickle."""
-    if to != "hf":
-        raise Error(f"--to is {to!r}; allowed: hf")
-    from gptfast.data import check_new
-    from gptfast.hub import convert_pickle
+    """Turn a model into one packed file, a packed file or an old pytorch_model.bin into a Hugging Face folder.
 
-    check_new(Path(out))
-    convert_pickle(source, out)
+    A packed file of --dtype fp32 or bf16 gives back its weights bit for bit; int8 and int4 do not. Nothing else opens a pickle.
+    """
+    if to not in ("hf", "packed"):
+        raise Error(f"--to is {to!r}; allowed: hf, packed")
+    from gptfast import packed
+    from gptfast.data import check_new
+
+    facts: dict[str, Any] = {"source": source, "out": out, "to": to}
+    if to == "packed":
+        if os.path.lexists(out):
+            raise Error(f"output {out} exists already; a new file is needed")
+        dtype = common.dtype or (packed.open(source).dtype if packed.is_packed(source) else "fp32")
+        facts |= {"dtype": dtype, "bytes": packed.write(source, dtype, out).stat().st_size}
+    else:
+        if common.dtype is not None:
+            raise Error(f"--dtype is {common.dtype!r}; it goes with --to packed, a folder keeps the numbers that SRC has")
+        check_new(Path(out))
+        _to_folder(source, out)
     if not common.json:
-        print(f"{out}: converted from {source}")
-    return {"source": source, "out": out}
+        print(f"{out}: converted from {source}" + (f", {dtype}, {facts['bytes']:,} bytes" if to == "packed" else ""))
+    return facts
+
+
+def _to_folder(source: str, out: str) -> None:
+    """A Hugging Face folder from a packed file or from a folder with a pickle."""
+    from gptfast import packed
+
+    if not packed.is_packed(source):
+        from gptfast.hub import convert_pickle
+
+        convert_pickle(source, out)
+        return
+    from gptfast.hub import save
+
+    found = packed.open(source)
+    save(out, found.state(), found.config, generation_config=found.generation_config)
+    if found.has_tokenizer:
+        found.tokenizer().save_pretrained(out)
 
 
 @command(MACHINE, "device backend")
@@ -84,8 +117,22 @@ def _cell(row: dict[str, Any], name: str, proof: bool) -> str:
 
 
 @command(MACHINE)
-def doctor(common: Common, given: dict[str, Any]) -> dict[str, Any]:
-    """Say what this installation has, what it lacks, and the command that adds it."""
+def doctor(
+    common: Common,
+    given: dict[str, Any],
+    verify: Annotated[
+        str | None, typer.Option("--verify", metavar="FILE", help="read a packed file and check all of it", show_default="none")
+    ] = None,
+) -> dict[str, Any]:
+    """Say what this installation has, what it lacks, and the command that adds it; or whether a packed file is whole."""
+    if verify is not None:
+        from gptfast import packed
+
+        whole = packed.verify(verify)
+        facts = {"file": verify, "dtype": whole.dtype, "parameters": whole.parameters, "sha256": whole.payload_sha256}
+        if not common.json:
+            print(f"{verify}: whole; {whole.dtype}, {whole.parameters / 1e6:.1f} M parameters, SHA-256 {whole.payload_sha256}")
+        return facts
     from gptfast.doctor import findings, text
 
     found = findings()

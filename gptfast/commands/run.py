@@ -1,16 +1,15 @@
-"""Commands that run a model: generate, score, evaluate."""
+"""Commands that run a model: generate, score, evaluate (chat is in chat.py)."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptfast.commands import RUN, Common, Model, command, note, running
+from gptfast.commands import RUN, Common, Model, command, note, running, speed
 from gptfast.config import option
 from gptfast.errors import Error, LoadError
 from gptfast.generation.parameters import SamplingParams
@@ -47,6 +46,31 @@ def _text_file(path: str) -> str:
         raise LoadError(f"file {path}: {error.strerror or error}") from None
 
 
+def with_seed(params: SamplingParams) -> SamplingParams:
+    """The parameters with a seed to print: the given one, or a fresh one."""
+    if params.seed is not None:
+        return params
+    from gptfast.generation.generate import fresh_seeds
+
+    return dataclasses.replace(params, seed=fresh_seeds(1)[0])
+
+
+def dtype_of(model: str, common: Common) -> str:
+    """--dtype, by default that of a packed file, else fp32."""
+    from gptfast import packed
+
+    return common.dtype or (packed.open(model).dtype if packed.is_packed(model) else "fp32")
+
+
+def open_engine(model: str, common: Common, device: str) -> Engine:
+    """The engine that --dtype and --threads ask for, on the device that running() gave; says which it is."""
+    from gptfast.generation import Engine
+
+    engine = Engine(model, dtype_of(model, common), common.threads, device=device)
+    note(f"engine: {engine.describe()}")
+    return engine
+
+
 @command(RUN, "device dtype threads backend", Sampling=keys(SamplingParams))
 def generate(
     model: Model,
@@ -56,47 +80,54 @@ def generate(
         str | None, typer.Argument(metavar="[PROMPT|-]", help="text to continue; - reads standard input", show_default="none")
     ] = None,
 ) -> dict[str, Any]:
-    """Continue a text; the answer is streamed as it is made. Without a prompt it starts from <|endoftext|>."""
-    params = SamplingParams(**given)
-    if params.seed is None:
-        from gptfast.generation.generate import fresh_seeds
+    """Continue a text; the answer is streamed as it is made. Without a prompt it starts from <|endoftext|>.
 
-        params = dataclasses.replace(params, seed=fresh_seeds(1)[0])
+    At the end it says on standard error how fast it was, and what part of the memory's speed that is.
+    """
+    params = with_seed(SamplingParams(**given))
     text = _standard_input() if prompt == "-" else prompt or ""
+    streaming = params.n == 1 and not common.json
     with running(common) as device:
-        from gptfast.generation import Engine
-
-        with Engine(model, common.dtype, device=device) as engine:
+        with open_engine(model, common, device) as engine:
             note(f"seed {params.seed}")
-            start = time.perf_counter()
-            streaming = params.n == 1 and not common.json
-            answers = [_stream(engine, text, params)] if streaming else engine.generate(text, params)
-            seconds = time.perf_counter() - start
-    count = sum(len(answer.token_ids) for answer in answers)
+            clock = speed.Clock()
+            answers = _stream(engine, text, params, clock, streaming)
+        facts = clock.pace()
+        alone = facts["ms_per_token"] if params.n == 1 else None  # several answers share a read of the weights
+        facts |= speed.memory_limit(model, dtype_of(model, common), device, alone)
     ends = ", ".join(str(answer.finish_reason) for answer in answers)
-    note(f"{count} tokens in {seconds:.2f} s, {count / max(seconds, 1e-9):.1f} tokens/s, ended by {ends}")
+    note(speed.line(sum(len(answer.token_ids) for answer in answers), ends, facts))
     if all(answer.error for answer in answers):
         raise Error(f"model {model}: {answers[0].error}")
     if not common.json and not streaming:
         for answer in answers:
             print(f"--- {answer.index}{f': {answer.error}' if answer.error else ''}\n{answer.text}")
-    return {"model": model, "prompt": text, "seed": params.seed, "completions": [dataclasses.asdict(answer) for answer in answers]}
+    completions = [dataclasses.asdict(answer) for answer in answers]
+    return {"model": model, "prompt": text, "seed": params.seed, "completions": completions, "speed": facts}
 
 
-def _stream(engine: Engine, text: str, params: SamplingParams) -> Completion:
-    """Prints the pieces as they come, and returns them joined; what was printed stays where Ctrl-C ends it."""
-    pieces = []
+def _stream(engine: Engine, text: str, params: SamplingParams, clock: speed.Clock, show: bool) -> list[Completion]:
+    """The answers joined from their pieces; with `show` they are printed as they come, and stay where Ctrl-C ends it."""
+    pieces: dict[int, list[Completion]] = {}
     try:
         for piece in engine.stream(text, params):
-            pieces.append(piece)
-            sys.stdout.write(piece.text)
-            sys.stdout.flush()
+            clock.mark(piece.index, len(piece.token_ids))
+            pieces.setdefault(piece.index, []).append(piece)
+            if show:
+                sys.stdout.write(piece.text)
+                sys.stdout.flush()
     finally:
-        if pieces:
+        if show and pieces:
             print(flush=True)
+    return [_joined(pieces[index]) for index in sorted(pieces)]
+
+
+def _joined(pieces: list[Completion]) -> Completion:
     ids = [token for piece in pieces for token in piece.token_ids]
     logprobs = [value for piece in pieces for value in piece.logprobs]
-    return dataclasses.replace(pieces[-1], text="".join(piece.text for piece in pieces), token_ids=ids, logprobs=logprobs)
+    top = None if pieces[-1].top_logprobs is None else [item for piece in pieces for item in piece.top_logprobs or []]
+    whole = "".join(piece.text for piece in pieces)
+    return dataclasses.replace(pieces[-1], text=whole, token_ids=ids, logprobs=logprobs, top_logprobs=top)
 
 
 @command(RUN, "device dtype threads backend", Windows=WINDOWS)
@@ -114,12 +145,9 @@ def score(
     if (text is None) == (file is None):
         raise Error("score needs a text: either TEXT (- for standard input) or --file FILE")
     whole = _text_file(file) if file is not None else _standard_input() if text == "-" else str(text)
-    with running(common) as device:
-        from gptfast.generation import Engine
-
-        with Engine(model, common.dtype, device=device) as engine:
-            result = engine.score(whole, stride=given.get("stride"), bos=bos)
-            tokens = [engine.tokenizer.token_bytes(token).decode("utf-8", "backslashreplace") for token in result.token_ids]
+    with running(common) as device, open_engine(model, common, device) as engine:
+        result = engine.score(whole, stride=given.get("stride"), bos=bos)
+        tokens = [engine.tokenizer.token_bytes(token).decode("utf-8", "backslashreplace") for token in result.token_ids]
     if not common.json:
         _print_score(result, tokens)
     return {"model": model, "tokens": tokens, **dataclasses.asdict(result)}
@@ -143,14 +171,26 @@ def evaluate(
     ],
     task: Annotated[str, typer.Option("--task", metavar="lm", help="what to measure: lm is language modelling")] = "lm",
 ) -> dict[str, Any]:
-    """Measure a model on data it was not trained on: perplexity and bits per byte."""
+    """Measure a model on data it was not trained on: perplexity and bits per byte, of a smaller number format beside fp32's."""
     if task != "lm":
         raise Error(f"--task is {task!r}; allowed: lm")
     with running(common) as device:
         from gptfast.tasks.language_modelling import evaluate as measure
 
-        result = measure(model, data, stride=given.get("stride"), dtype=common.dtype, device=device)
+        dtype = dtype_of(model, common)
+        result = measure(model, data, given.get("stride"), dtype, device, common.threads)
+        note(f"engine: {result['engine']}")
     if not common.json:
-        print(f"perplexity    {result['perplexity']:.4f}\nbits per byte {result['bits_per_byte']:.4f}")
-        print(f"over {result['tokens']:,} tokens, {result['bytes']:,} bytes, stride {result['stride']}")
+        _print_evaluation(result)
     return result
+
+
+def _print_evaluation(result: dict[str, Any]) -> None:
+    whole = result.get("fp32")
+    for title, key in (("perplexity   ", "perplexity"), ("bits per byte", "bits_per_byte")):
+        beside = f" in {result['dtype']}, {whole[key]:.4f} in fp32" if whole else ""
+        change = f": {result['difference_percent']:+.3f} %" if whole and key == "perplexity" else ""
+        print(f"{title} {result[key]:.4f}{beside}{change}")
+    print(f"over {result['tokens']:,} tokens, {result['bytes']:,} bytes, stride {result['stride']}")
+    if result["dtype"] != "fp32" and not whole:
+        note(f"no fp32 beside it: the file holds {result['dtype']} alone; for that evaluate the folder it was made from")

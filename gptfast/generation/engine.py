@@ -1,25 +1,28 @@
-"""`Engine`: a model and its tokenizer, ready to answer. This one, "eager", runs model.py with its cache and is the definition."""
+"""`Engine`: a model and its tokenizer, ready to answer: the scheduler on the fastest runner that is there, or on model.py."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from gptfast.errors import Error
 from gptfast.generation.generate import fresh_seeds
-from gptfast.generation.loop import check_prompt, decode
+from gptfast.generation.loading import DTYPES, Loaded, load
+from gptfast.generation.loop import check_prompt
 from gptfast.generation.parameters import SamplingParams
 from gptfast.generation.rows import Row, int64
-from gptfast.generation.score import Score, score_text
+from gptfast.generation.scheduler import Scheduler
+from gptfast.generation.score import Score, scheduled_logprobs, summed, token_logprobs
+from gptfast.generation.speculation import DraftModel, PromptLookup, Speculation
 from gptfast.generation.stream import TextStream
 from gptfast.model import GPT2LMHeadModel
-from gptfast.tokenizer import GPT2Tokenizer
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Prompt = str | Sequence[int]
 
 
@@ -28,8 +31,9 @@ class Completion:
     """One answer, or with stream() one piece of it.
 
     text: without the stop string or end token that ended it; token_ids: all drawn ids, a stop id included; logprobs: one a token;
-    top_logprobs: {id: logprob} a token, where asked for; finish_reason: "stop", "length", "error" (its line in `error`), and None
-    for a piece that is not the last; seed: repeats the answer; index: which of the n choices; prompt: which of the prompts.
+    top_logprobs: {id: logprob} a token, where asked for; finish_reason: "stop", "length", "cancelled", "error" (its line in
+    `error`), and None for a piece that is not the last; seed: repeats the answer; index: which of the n choices; prompt: which of
+    the prompts.
     """
 
     text: str
@@ -47,47 +51,70 @@ class Completion:
 class Engine:
     """Generates, streams and scores with one model.
 
-    `path`: a folder or hub id; `dtype` fp32, bf16 or fp16; `threads`: CPU threads of PyTorch while the engine is open (default:
-    as they are); `device` auto, cpu or cuda; `batch`: answers made at once. Use with `with`, or close() it.
+    `path`: a folder, a hub id or a packed file; `dtype` fp32, bf16, fp16, int8 or int4 (default: a packed file's own, else fp32);
+    `threads`: CPU threads while the engine is open (default: PyTorch's); `device` auto, cpu or cuda; `batch`: answers made at once;
+    `speculation`: None, "lookup" (proposes what followed the same words earlier in the text) or a smaller model with the same
+    tokenizer that proposes, in any form that `path` has: the tokens stay what they are; `pages`: of 64 tokens each, for keys and
+    values (default: for `batch` whole contexts; memory is taken as they are used). Use with `with`, or close() it.
     Raises gptfast.LoadError for what cannot be loaded and gptfast.Error for what cannot run.
     """
 
     def __init__(
-        self, path: str | Path, dtype: str = "fp32", threads: int | None = None, *, device: str = "auto", batch: int = 32
+        self, path: str | Path, dtype: str | None = None, threads: int | None = None, *, device: str = "auto", batch: int = 32,
+        speculation: str | Path | None = None, pages: int | None = None,
     ) -> None:
-        if dtype not in DTYPES:
-            raise Error(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
-        if device not in ("auto", "cpu", "cuda"):
-            raise Error(f"device is {device!r}; allowed: auto, cpu, cuda")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise Error("device is 'cuda', and torch sees no CUDA device here; allowed: auto, cpu")
-        for name, value in (("threads", threads), ("batch", batch)):
+        for name, value in (("threads", threads), ("batch", batch), ("pages", pages)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise Error(f"{name} is {value!r}; allowed: a whole number of at least 1")
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self._loaded: Loaded | None = None
+        self._path, self._threads, self._threads_before = path, threads, torch.get_num_threads()
+        loaded = load(path, dtype, threads, device, batch, pages)
+        draft = None
+        if speculation is not None and speculation != "lookup":
+            draft = load(speculation, dtype if dtype in DTYPES else None, threads, device, batch, None)
+            if draft.tokenizer.fingerprint() != loaded.tokenizer.fingerprint():
+                raise Error(f"speculation is {str(speculation)!r}, a model with another tokenizer than {path}")
+        proposer = None if speculation is None else PromptLookup() if draft is None else DraftModel(draft.runner)
+        self._speculation = None if proposer is None else Speculation(proposer)
+        self._loaded, self._model, self.tokenizer = loaded, loaded.model, loaded.tokenizer
+        self._scheduler = Scheduler(loaded.runner, batch, idle=-(-loaded.config.n_positions // 64), speculation=self._speculation)
         self.batch = batch
-        self.tokenizer = GPT2Tokenizer.from_pretrained(path)
-        model = GPT2LMHeadModel.from_pretrained(path, dtype=DTYPES[dtype], device=device).eval()
-        if len(self.tokenizer) < model.config.real_vocabulary:  # ids without a text are never drawn
-            model.config.real_vocab_size = len(self.tokenizer)
-        self._model: GPT2LMHeadModel | None = model
-        self._threads_before = torch.get_num_threads()
         if threads is not None:
             torch.set_num_threads(threads)
-        self._threads = threads
+
+    @property
+    def _open(self) -> Loaded:
+        if self._loaded is None:
+            raise Error("the engine is closed")
+        return self._loaded
 
     @property
     def model(self) -> GPT2LMHeadModel:
-        """The model. Raises gptfast.Error after close()."""
+        """The model in PyTorch; beside the C++ engine it is loaded when it is first asked for. Raises gptfast.Error after close(),
+        and for int8 and int4, which PyTorch's model does not compute."""
+        loaded = self._open
         if self._model is None:
-            raise Error("the engine is closed")
+            if loaded.dtype not in DTYPES:
+                raise Error(f"there is no model in PyTorch with {loaded.dtype} weights; open the engine with fp32 or bf16")
+            self._model = GPT2LMHeadModel.from_pretrained(self._path, dtype=DTYPES[loaded.dtype], device=loaded.device).eval()
+            self._model.config.real_vocab_size = loaded.config.real_vocab_size
         return self._model
 
+    def describe(self) -> str:
+        """One line: what runs the model, and why it is not the C++ engine where it is another."""
+        loaded = self._open
+        if loaded.engine == "cpp":
+            return f"cpp, {loaded.dtype}, {self._threads or self._threads_before} threads"
+        return f"eager on {loaded.device}, {loaded.dtype} (not cpp: {loaded.reason})"
+
     def close(self) -> None:
-        """Lets go of the weights and puts the number of threads back. Closing twice does nothing."""
-        if self._model is not None and self._threads is not None:
-            torch.set_num_threads(self._threads_before)
-        self._model = None
+        """Lets go of the weights and puts the number of threads back; answers that are being made are cancelled. Closing twice does
+        nothing."""
+        if self._loaded is not None:
+            self._scheduler.close()
+            if self._threads is not None:
+                torch.set_num_threads(self._threads_before)
+        self._loaded = self._model = None
 
     def __enter__(self) -> Self:
         return self
@@ -108,28 +135,54 @@ class Engine:
         if len(each) != len(texts):
             raise Error(f"{len(texts)} prompts and {len(each)} params; give one for all, or one each")
         groups = [self._rows(text, p) for text, p in zip(texts, each, strict=True)]
-        waiting = list(groups)
-        while waiting:
-            now = [waiting.pop(0)]
-            while waiting and sum(len(group) for group in now) + len(waiting[0]) <= self.batch:
-                now.append(waiting.pop(0))
-            for _ in decode(self.model, now):
-                pass
+        self._scheduler.run([self._scheduler.submit(group) for group in groups])
         return [_completion(row, number) for number, group in enumerate(groups) for row in group]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Completion]:
         """The answer in pieces, one a token; `text` is what became certain with it and always whole code points. The texts joined
-        are generate()'s. With n > 1 the choices' pieces alternate and `index` tells them apart."""
-        steps = decode(self.model, [self._rows(prompt, params or SamplingParams())])
-        return (_piece(row) for changed in steps for row in changed)
+        are generate()'s. With n > 1 the choices' pieces alternate and `index` tells them apart. Ctrl-C ends it within a token; the
+        pieces that are made come out before KeyboardInterrupt does."""
+        return self._stream(self._rows(prompt, params or SamplingParams()))
+
+    def _stream(self, rows: list[Row]) -> Iterator[Completion]:
+        scheduler, pieces = self._scheduler, deque[Completion]()
+        request = scheduler.submit(rows, lambda row: pieces.append(_piece(row)))
+        try:
+            while pieces or not request.done:
+                if pieces:
+                    yield pieces.popleft()
+                else:
+                    scheduler.step()
+        except KeyboardInterrupt:
+            scheduler.abandon([request])
+            yield from pieces
+            raise
+        finally:
+            scheduler.abandon([request])
 
     def score(self, text: str, stride: int | None = None, bos: bool = True) -> Score:
         """log P of a text: of every token, in total and as bits per byte. `stride`: of the windows of a text longer than the
         context (default context / 2). The first token is given <|endoftext|>; without `bos` it has no score."""
-        return score_text(self.model, self.tokenizer, text, bos, stride)
+        start = self.tokenizer.bos_token_id if bos else None
+        if bos and start is None:
+            raise Error("score: the tokenizer has no <|endoftext|>; use bos=False")
+        ids = self.tokenizer.encode(text)
+        values = self.token_logprobs(ids if start is None else [start, *ids], stride)
+        half = max(self._open.config.n_positions // 2, 1)
+        return summed(values, ids, len(text.encode()), bos, half if stride is None else stride)
+
+    def token_logprobs(self, ids: Sequence[int] | Tensor, stride: int | None = None) -> Tensor:
+        """log P(ids[i] | what precedes it in its window) for i = 1..n-1, fp32 [n - 1]; windows as in score().
+
+        Raises gptfast.Error for a stride outside 1..context and for an id outside the vocabulary.
+        """
+        loaded = self._open
+        if loaded.model is not None:
+            return token_logprobs(loaded.model, ids, stride)
+        return scheduled_logprobs(self._scheduler, ids, stride)
 
     def _rows(self, prompt: Prompt, params: SamplingParams) -> list[Row]:
-        config = self.model.config
+        config = self._open.config
         params.check_vocabulary(config.real_vocabulary)
         if not isinstance(prompt, (str, Sequence)):
             raise Error(f"a prompt is {prompt!r}; allowed: a text or a list of token ids")

@@ -21,7 +21,7 @@ LLAMA_WINDOW = 64  # llama.cpp's penalties look at the last 64 tokens of prompt 
 class Row:
     """One answer: what was asked, and what has been made of it so far.
 
-    finish_reason: "stop" (a stop token or text, or nothing was allowed), "length", or "error" with its line in `error`.
+    finish_reason: "stop" (a stop token or text, or nothing was allowed), "length", "cancelled", "error" with its line in `error`.
     """
 
     prompt: Sequence[int]  # empty where the prompt was given as vectors
@@ -65,10 +65,30 @@ class Row:
         else:
             self.text += self.piece
 
+    def cancel(self) -> None:
+        """Ends the answer where it is: finish_reason "cancelled", and the text that was held back is released."""
+        self.piece, self.drew, self.finish_reason = "", False, "cancelled"
+        self._finish()
+
     def _finish(self) -> None:
         if self.stream is not None:
             self.piece += self.stream.finish()
         self.text += self.piece
+
+    @property
+    def stateful(self) -> bool:
+        """Whether what may be drawn depends on what was drawn: then tokens cannot be drawn ahead (speculation)."""
+        p = self.params
+        penalised = p.repetition_penalty != 1 or p.frequency_penalty != 0 or p.presence_penalty != 0
+        return penalised or bool(self.bad_words) or p.order == "llama.cpp" or len(self.tokens) < p.min_tokens
+
+    @property
+    def steady(self) -> int:
+        """How many tokens can be drawn in a row with this row's masks as they are now; penalties are counted by the sampler."""
+        p = self.params
+        windowed = p.order == "llama.cpp" and (p.repetition_penalty != 1 or p.frequency_penalty != 0 or p.presence_penalty != 0)
+        left = p.min_tokens - len(self.tokens)
+        return 1 if self.bad_words or windowed else left if left > 0 else self.limit
 
     def banned_next(self, vocab: int) -> set[int]:
         """Ids that may not be drawn next because of where the answer stands: ends that come too early, completed bad words."""
@@ -142,7 +162,7 @@ class Constraints:
 class _Group:
     """Rows that share an order of filters and a kind of log-probabilities: one call of `ops.sample`."""
 
-    def __init__(self, index: list[int], rows: list[Row], vocab: int, device: torch.device) -> None:
+    def __init__(self, index: list[int], rows: list[Row], places: list[int], vocab: int, device: torch.device) -> None:
         params = [row.params for row in rows]
         self.rows, self.index = rows, torch.tensor(index, device=device)
         self.constraints = Constraints(rows, vocab, device)
@@ -160,7 +180,7 @@ class _Group:
         self.typical_p = tensor([p.typical_p for p in params], torch.float32) if any(p.typical_p < 1 for p in params) else None
         self.seed = tensor([row.seed for row in rows], torch.int64)
         self.choice = tensor([row.choice for row in rows], torch.int64)
-        self.position = tensor([row.start + len(row.tokens) for row in rows], torch.int64)
+        self.position = tensor(places, torch.int64)
 
     def draw(self, logits: Tensor) -> Sampled:
         result = ops.sample(
@@ -171,24 +191,58 @@ class _Group:
         return result
 
 
-class Sampler:
-    """Draws the next token of every row of a batch; made anew when rows leave it."""
+@dataclass
+class Drawn:
+    """What one step drew, an entry for each drawn row: ids (-1 where the row failed), statuses of `ops.sample`, log-probabilities,
+    and the largest ones with their ids (as many as any row asked for; each row takes its own number)."""
 
-    def __init__(self, rows: Sequence[Row], vocab: int, device: torch.device) -> None:
+    tokens: list[int] = field(default_factory=list)
+    status: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_ids: list[list[int]] = field(default_factory=list)
+    top_logprobs: list[list[float]] = field(default_factory=list)
+
+    def give(self, i: int, row: Row) -> None:
+        """Pushes the i-th entry to its row."""
+        count = row.params.logprobs or 0
+        top = dict(zip(self.top_ids[i][:count], self.top_logprobs[i][:count], strict=True)) if count else {}
+        row.push(self.tokens[i], self.status[i], self.logprobs[i], top)
+
+
+class Sampler:
+    """Draws the next token of every row of a batch; made anew when rows leave it.
+
+    `ahead`: how many tokens each draw is ahead of its row (default 0): a row may stand in the batch several times, for positions
+    that follow each other, where nothing that it asks for depends on what it drew (Row.stateful).
+    """
+
+    def __init__(self, rows: Sequence[Row], vocab: int, device: torch.device, ahead: Sequence[int] | None = None) -> None:
         kinds: dict[tuple[str, str], list[int]] = {}
         for i, row in enumerate(rows):
             kinds.setdefault((row.params.order, row.params.logprobs_mode), []).append(i)
-        self.groups = [_Group(index, [rows[i] for i in index], vocab, device) for index in kinds.values()]
+        places = [row.start + len(row.tokens) + j for row, j in zip(rows, ahead or [0] * len(rows), strict=True)]
+        self.groups = [_Group(i, [rows[n] for n in i], [places[n] for n in i], vocab, device) for i in kinds.values()]
+
+    def draw(self, logits: Tensor) -> Drawn:
+        """logits [B, V] -> what was drawn; the next call draws the position after it. Rows are not written."""
+        if len(self.groups) == 1:
+            return _listed(self.groups[0].draw(logits))
+        result = Drawn([0] * len(logits), [0] * len(logits), [0.0] * len(logits), [[]] * len(logits), [[]] * len(logits))
+        for group in self.groups:
+            part = _listed(group.draw(logits[group.index]))
+            for j, i in enumerate(group.index.tolist()):
+                result.tokens[i], result.status[i], result.logprobs[i] = part.tokens[j], part.status[j], part.logprobs[j]
+                result.top_ids[i], result.top_logprobs[i] = part.top_ids[j], part.top_logprobs[j]
+        return result
 
     def step(self, logits: Tensor) -> Tensor:
         """logits [B, V] -> the drawn ids [B] int64, which each row has been given; -1 where a row failed."""
-        tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+        drawn = self.draw(logits)
         for group in self.groups:
-            drawn = group.draw(logits if len(self.groups) == 1 else logits[group.index])
-            tokens[group.index] = drawn.token
-            status, logprobs = drawn.status.tolist(), drawn.logprob.tolist()
-            top_ids, top_logprobs = drawn.top_ids.tolist(), drawn.top_logprobs.tolist()
-            for i, (row, token) in enumerate(zip(group.rows, drawn.token.tolist(), strict=True)):
-                count = row.params.logprobs or 0
-                row.push(token, status[i], logprobs[i], dict(zip(top_ids[i][:count], top_logprobs[i][:count], strict=True)))
-        return tokens
+            for row, i in zip(group.rows, group.index.tolist(), strict=True):
+                drawn.give(i, row)
+        return torch.tensor(drawn.tokens, device=logits.device)
+
+
+def _listed(sampled: Sampled) -> Drawn:
+    return Drawn(*(values.tolist() for values in sampled))

@@ -20,8 +20,8 @@ from gptfast.forward import Pass, check_ids
 from gptfast.generation.loop import evaluating
 
 if TYPE_CHECKING:
+    from gptfast.generation.scheduler import Scheduler
     from gptfast.model import GPT2LMHeadModel
-    from gptfast.tokenizer import GPT2Tokenizer
 
 WINDOWS = 4  # computed at once
 
@@ -55,20 +55,24 @@ def windows(count: int, context: int, stride: int) -> Iterator[tuple[int, int, i
         begin += stride
 
 
+def _plan(context: int, vocab: int, ids: Sequence[int] | Tensor, stride: int | None) -> tuple[Tensor, list[tuple[int, int, int]]]:
+    """The ids, checked, and their windows."""
+    stride = max(context // 2, 1) if stride is None else stride
+    if isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride <= context:
+        raise Error(f"stride is {stride!r}; allowed: 1 to {context}, the model's context")
+    tokens = torch.as_tensor(ids, dtype=torch.int64)
+    check_ids("ids", tokens, vocab)
+    return tokens, list(windows(len(tokens), context, stride))
+
+
 @torch.no_grad()
 def token_logprobs(model: GPT2LMHeadModel, ids: Sequence[int] | Tensor, stride: int | None = None) -> Tensor:
     """log P(ids[i] | what precedes it in its window) for i = 1..n-1, fp32 [n - 1] on the CPU.
 
     Raises gptfast.Error for a stride outside 1..context and for an id outside the vocabulary.
     """
-    context = model.config.n_positions
-    stride = max(context // 2, 1) if stride is None else stride
-    if isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride <= context:
-        raise Error(f"stride is {stride!r}; allowed: 1 to {context}, the model's context")
-    tokens = torch.as_tensor(ids, dtype=torch.int64)
-    check_ids("ids", tokens, model.config.real_vocabulary)
+    tokens, spans = _plan(model.config.n_positions, model.config.real_vocabulary, ids, stride)
     result = []
-    spans = list(windows(len(tokens), context, stride))
     with evaluating(model):
         for first in range(0, len(spans), WINDOWS):
             batch = spans[first : first + WINDOWS]
@@ -80,6 +84,15 @@ def token_logprobs(model: GPT2LMHeadModel, ids: Sequence[int] | Tensor, stride: 
                 targets[row, end - begin - scored : end - begin] = tokens[end - scored + 1 : end + 1]
             result.append(_gather(model, inputs.to(model.device), targets.to(model.device)))
     return torch.cat(result).cpu() if result else torch.zeros(0)
+
+
+def scheduled_logprobs(scheduler: Scheduler, ids: Sequence[int] | Tensor, stride: int | None = None) -> Tensor:
+    """token_logprobs() of the model that a scheduler's runner runs."""
+    tokens, spans = _plan(scheduler.runner.context, scheduler.runner.vocab, ids, stride)
+    values = []
+    for begin, end, scored in spans:
+        values += scheduler.score(tokens[begin:end].tolist(), tokens[end - scored + 1 : end + 1].tolist())
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def _gather(model: GPT2LMHeadModel, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -96,17 +109,14 @@ def score_ids(
 ) -> Score:
     """Score of `ids`, a text of `size` bytes. `bos` is put in front and not scored; None leaves the first token without a score."""
     values = token_logprobs(model, ids if bos is None else [bos, *ids], stride)
-    logprobs: list[float | None] = [*([None] if bos is None and len(ids) else []), *values.tolist()]
+    return summed(values, ids, size, bos is not None, max(model.config.n_positions // 2, 1) if stride is None else stride)
+
+
+def summed(values: Tensor, ids: Sequence[int], size: int, bos: bool, stride: int) -> Score:
+    """The Score of `ids` from what token_logprobs() gave; `bos`: it was given a token in front of them."""
+    logprobs: list[float | None] = [*([None] if not bos and len(ids) else []), *values.tolist()]
     total = float(values.double().sum())
     return Score(
         list(ids), logprobs, total, size, -total / (math.log(2) * size) if size else 0.0,
-        math.exp(-total / len(values)) if len(values) else 1.0, max(model.config.n_positions // 2, 1) if stride is None else stride,
+        math.exp(-total / len(values)) if len(values) else 1.0, stride,
     )
-
-
-def score_text(model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, text: str, bos: bool = True, stride: int | None = None) -> Score:
-    """Score of a text; with `bos` its first token is given <|endoftext|>."""
-    start = tokenizer.bos_token_id if bos else None
-    if bos and start is None:
-        raise Error("score: the tokenizer has no <|endoftext|>; use bos=False")
-    return score_ids(model, tokenizer.encode(text), len(text.encode()), start, stride)

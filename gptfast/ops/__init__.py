@@ -17,11 +17,12 @@ from gptfast.ops.linear import linear
 from gptfast.ops.linear_add import linear_add
 from gptfast.ops.linear_cross_entropy import linear_cross_entropy
 from gptfast.ops.lm_head_sample import lm_head_sample
+from gptfast.ops.pack_weight import pack_weight
 from gptfast.ops.sample import sample
 from gptfast.ops.transformer_block import transformer_block
 
 __all__ = [
     "adamw_", "add_layer_norm", "attention", "cache_append_", "cross_entropy", "cross_entropy_", "decode_attention", "dropout",
     "embedding", "gelu", "grad_norm", "layer_norm", "layer_norm_linear", "linear", "linear_add", "linear_cross_entropy",
-    "lm_head_sample", "sample", "transformer_block",
+    "lm_head_sample", "pack_weight", "sample", "transformer_block",
 ]

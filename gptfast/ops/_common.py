@@ -10,6 +10,7 @@ from torch import Tensor
 
 import gptfast.backend as backend
 from gptfast.errors import Error
+from gptfast.packing import PackedWeight
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Limit = Callable[[str, tuple[Any, ...], bool], str | None]
@@ -33,6 +34,24 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype not in KERNEL_DTYPES else t.to(dtype) for t in tensors)
+
+
+def check_product(op: str, x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) -> None:
+    """Raises gptfast.Error where x [..., K], weight [M, K] and bias [M] do not fit, or a gradient of a packed weight's product is
+    wanted."""
+    if len(weight.shape) != 2 or x.dim() == 0 or weight.shape[1] != x.shape[-1]:
+        raise Error(f"{op}: weight has shape {tuple(weight.shape)}, x {tuple(x.shape)}; needed are [M, K] and [..., K]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise Error(f"{op}: bias has shape {tuple(bias.shape)}, weight's rows need ({weight.shape[0]},)")
+    if isinstance(weight, PackedWeight) and requires_grad(x, bias):
+        raise Error(f"{op}: a packed weight has no backward; call it under torch.no_grad() or torch.inference_mode()")
+
+
+def packed_arguments(weight: Tensor | PackedWeight, dtype: torch.dtype) -> tuple[Tensor, tuple[Any, ...]]:
+    """What a leaf gets for a weight: its tensor (a plain one in `dtype`), and what goes behind its arguments for a packed one."""
+    if isinstance(weight, PackedWeight):
+        return weight.data, (weight.format, weight.outputs)
+    return weight.to(dtype), ()
 
 
 def same_dtype(op: str, **tensors: Tensor | None) -> None:
@@ -137,6 +156,8 @@ def limit_dtypes(op: str) -> Limit:
 
     def limit(name: str, inputs: tuple[Any, ...], needs_grad: bool) -> str | None:
         for x in inputs:
+            if isinstance(x, PackedWeight) and name != "cpp":
+                return "packed weights; only cpp and eager take them"
             if isinstance(x, Tensor) and x.is_floating_point() and x.dtype not in KERNEL_DTYPES:
                 return f"{str(x.dtype).removeprefix('torch.')}; kernels take float32, bfloat16, float16"
         return None

@@ -23,7 +23,8 @@ Log-probabilities are log-softmax in fp32 of the logits as they came ("raw"), or
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -286,47 +287,55 @@ def sample(
     width = logits.shape[-1] if vocab is None else vocab
     if logits.dim() != 2 or not 0 < width <= logits.shape[1]:
         raise Error(f"sample: logits have shape {tuple(logits.shape)} and vocab is {vocab}; [B, V] with vocab of 1 to V is needed")
-    _common.one_of("sample", "order", order, tuple(ORDERS))
-    _common.one_of("sample", "logprobs_mode", logprobs_mode, ("raw", "processed"))
-    if not 0 <= top_n <= width:
-        raise Error(f"sample: top_n is {top_n}; allowed: 0 to {width}")
-    numbers = {"temperature": temperature, "top_p": top_p, "min_p": min_p, "typical_p": typical_p, "repetition": repetition}
-    signed = {"frequency": frequency, "presence": presence}
-    whole = {"top_k": top_k, "seed": seed, "position": position, "choice": choice}
-    words = (width + 31) // 32
-    for label, value in {**numbers, **signed, **whole}.items():
-        _check_shape(label, value, (logits.shape[0],))
-    for label, value in {"mask": mask, "prompt": prompt}.items():
-        _check_shape(label, value, (logits.shape[0], words))
-    for label, value in {"counts": counts, "bias": bias}.items():
-        _check_shape(label, value, (logits.shape[0], width))
-    for label, value in {**numbers, **signed}.items():
-        _check_finite(label, value, negative=label in signed)
+    sampling: dict[str, Any] = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical_p,
+        "repetition": repetition, "frequency": frequency, "presence": presence, "bias": bias, "mask": mask, "prompt": prompt,
+        "counts": counts, "seed": seed, "position": position, "choice": choice, "top_n": top_n,
+    }  # fmt: skip
+    check_arguments(logits.shape[0], width, sampling, order, logprobs_mode)
     logits = logits[:, :width]
-    arguments = (
-        logits, temperature, top_k, top_p, min_p, typical_p, repetition, frequency, presence, bias, mask, prompt, counts, seed,
-        position, choice, top_n,
-    )
     name = backend.choose("sample", logits, order, logprobs_mode)
     if name == "eager":
-        return eager(*arguments, order=order, logprobs_mode=logprobs_mode)
-    return _kernel(name, arguments)
+        return eager(logits, **sampling, order=order, logprobs_mode=logprobs_mode)
+    return run_kernel(partial(backend.impl("sample", name).forward, _rows(logits)), sampling)
 
 
-def _kernel(name: str, arguments: tuple[Any, ...]) -> Sampled:
-    """A kernel takes rows that are contiguous, numbers that are fp32 and int64, counts and bits that are int32."""
-    logits, temperature, *more, bias, mask, prompt, counts, seed, position, choice, top_n = arguments
-    top_k, *numbers = more
-    floats = [None if t is None else t.to(torch.float32).contiguous() for t in (temperature, *numbers)]
-    words = [None if t is None else t.contiguous() for t in (mask, prompt)]
-    keys = [t.to(torch.int64).contiguous() for t in (seed, position, choice)]
-    k = None if top_k is None else top_k.to(torch.int64).contiguous()
-    bias = None if bias is None else _rows(bias.to(torch.float32))
-    counted = None if counts is None else _rows(counts.to(torch.int32))
-    forward = backend.impl("sample", name).forward
-    sampled = Sampled(*forward(_rows(logits), floats[0], k, *floats[1:], bias, *words, counted, *keys, top_n))
-    if counts is not None and counted is not counts:
-        counts.copy_(counted)
+def check_arguments(count: int, width: int, sampling: Mapping[str, Any], order: str, logprobs_mode: str) -> None:
+    """Raises gptfast.Error for what does not go with `count` rows of `width` logits. `sampling`: the op's arguments by name."""
+    _common.one_of("sample", "order", order, tuple(ORDERS))
+    _common.one_of("sample", "logprobs_mode", logprobs_mode, ("raw", "processed"))
+    if not 0 <= sampling["top_n"] <= width:
+        raise Error(f"sample: top_n is {sampling['top_n']}; allowed: 0 to {width}")
+    for label in (*_NUMBERS, "top_k", "seed", "position", "choice"):
+        _check_shape(label, sampling[label], (count,))
+    for label in ("mask", "prompt"):
+        _check_shape(label, sampling[label], (count, (width + 31) // 32))
+    for label in ("counts", "bias"):
+        _check_shape(label, sampling[label], (count, width))
+    for label in _NUMBERS:
+        _check_finite(label, sampling[label], negative=label in ("frequency", "presence"))
+
+
+_NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "repetition", "frequency", "presence")
+
+
+def run_kernel(forward: Callable[..., Any], sampling: Mapping[str, Any]) -> Sampled:
+    """Calls a kernel with the arguments as it takes them: contiguous rows, numbers in fp32 and int64, counts in int32."""
+    given = dict(sampling)
+    for label, value in sampling.items():
+        if not isinstance(value, Tensor):
+            continue
+        if label in _NUMBERS:
+            given[label] = value.to(torch.float32).contiguous()
+        elif label in ("top_k", "seed", "position", "choice"):
+            given[label] = value.to(torch.int64).contiguous()
+        elif label in ("mask", "prompt"):
+            given[label] = value.contiguous()
+        else:
+            given[label] = _rows(value.to(torch.float32 if label == "bias" else torch.int32))
+    sampled = Sampled(*forward(*given.values()))
+    if given["counts"] is not sampling["counts"]:
+        sampling["counts"].copy_(given["counts"])
     return sampled
 
 

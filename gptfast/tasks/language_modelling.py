@@ -11,10 +11,11 @@ import torch
 
 from gptfast import data as shards
 from gptfast.errors import Error, LoadError
+from gptfast.generation import Engine
 from gptfast.generation.score import token_logprobs
 from gptfast.model import GPT2LMHeadModel
+from gptfast.packed import config_of, is_packed
 from gptfast.tokenizer import GPT2Tokenizer
-from gptfast.training.trainer import resolve_device
 
 
 def nats(model: GPT2LMHeadModel, data: shards.TokenData, stride: int | None = None) -> float:
@@ -31,33 +32,47 @@ def _texts(path: Path, tokenizer: GPT2Tokenizer) -> Iterator[tuple[list[int], in
 
 
 def evaluate(
-    model: str | Path, data: str | Path, stride: int | None = None, dtype: str = "fp32", device: str = "auto"
+    model: str | Path, data: str | Path, stride: int | None = None, dtype: str = "fp32", device: str = "auto",
+    threads: int | None = None,
 ) -> dict[str, Any]:
-    """Perplexity and bits per byte of a model on text it was not trained on.
+    """Perplexity and bits per byte of a model on text it was not trained on; of another dtype than fp32 beside fp32's.
 
-    model: a folder or a hub id. data: a folder from `gptfast prepare` (its held-out split), a text file (one document) or a .jsonl
-    file of {"text": ...}. Each document is scored from <|endoftext|> on; a longer one in windows `stride` tokens apart (default:
-    half the context). Returns task, tokens, bytes, loss (nats a token), perplexity, bits_per_byte, stride. Raises gptfast.Error
-    where there is no text, or the data was made with another tokenizer.
+    model: a folder, a hub id or a packed file. data: a folder from `gptfast prepare` (its held-out split), a text file (one
+    document) or a .jsonl file of {"text": ...}. Each document is scored from <|endoftext|> on; a longer one in windows `stride`
+    tokens apart (default: half the context). Returns task, dtype, engine, tokens, bytes, loss (nats a token), perplexity,
+    bits_per_byte, stride, and for another dtype of a model whose fp32 weights are there `fp32` {loss, perplexity, bits_per_byte}
+    and difference_percent of the perplexities. Raises gptfast.Error where there is no text, or data is of another tokenizer.
     """
-    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    if dtype not in kinds:
-        raise Error(f"dtype is {dtype!r}; allowed: {', '.join(kinds)}")
-    loaded = GPT2LMHeadModel.from_pretrained(model, dtype=kinds[dtype], device=resolve_device(device))
-    tokenizer = GPT2Tokenizer.from_pretrained(model)
+    found = _measure(model, data, stride, dtype, device, threads)
+    if dtype != "fp32" and not is_packed(model):
+        whole = _measure(model, data, stride, "fp32", device, threads)
+        found["fp32"] = {key: whole[key] for key in ("loss", "perplexity", "bits_per_byte")}
+        found["difference_percent"] = 100 * (math.exp(found["loss"] - whole["loss"]) - 1)
+    return found
+
+
+def _measure(
+    model: str | Path, data: str | Path, stride: int | None, dtype: str, device: str, threads: int | None
+) -> dict[str, Any]:
+    """evaluate() in one dtype."""
     path, total, tokens, size = Path(data), 0.0, 0, 0
-    if path.is_dir():
-        if tokenizer.fingerprint() != shards.read_meta(path)["vocabulary"]:
-            raise LoadError(f"data {data}: prepared with another tokenizer than the model {model} has")
-        split = shards.load(path, "val")
-        total, tokens, size = (nats(loaded, split, stride), len(split) - 1, split.bytes) if len(split) else (0.0, 0, 0)
-    else:
-        for ids, length in _texts(path, tokenizer):
-            total -= float(token_logprobs(loaded, ids, stride).double().sum())
-            tokens, size = tokens + len(ids) - 1, size + length
+    with Engine(model, dtype, threads, device=device) as engine:
+        how = engine.describe()
+        if path.is_dir():
+            if engine.tokenizer.fingerprint() != shards.read_meta(path)["vocabulary"]:
+                raise LoadError(f"data {data}: prepared with another tokenizer than the model {model} has")
+            split = shards.load(path, "val")
+            if len(split):
+                total -= float(engine.token_logprobs(torch.from_numpy(split.read(0, len(split))), stride).double().sum())
+                tokens, size = len(split) - 1, split.bytes
+        else:
+            for ids, length in _texts(path, engine.tokenizer):
+                total -= float(engine.token_logprobs(ids, stride).double().sum())
+                tokens, size = tokens + len(ids) - 1, size + length
     if tokens < 1 or size < 1:
         raise Error(f"data {data}: no text to evaluate on")
     return {
-        "task": "lm", "tokens": tokens, "bytes": size, "loss": total / tokens, "perplexity": math.exp(min(total / tokens, 700.0)),
-        "bits_per_byte": total / math.log(2) / size, "stride": stride or max(loaded.config.n_positions // 2, 1),
+        "task": "lm", "dtype": dtype, "engine": how, "tokens": tokens, "bytes": size, "loss": total / tokens,
+        "perplexity": math.exp(min(total / tokens, 700.0)), "bits_per_byte": total / math.log(2) / size,
+        "stride": stride or max(config_of(model).n_positions // 2, 1),
     }

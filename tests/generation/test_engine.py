@@ -1,11 +1,38 @@
 """Engine: one answer and many, streaming, stopping, seeds, log-probabilities, and what fails alone."""
 
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
 import pytest
 import torch
 
-from gptfast import Engine, Error, GPT2LMHeadModel, LoadError, SamplingParams
+import gptfast.backend as backend
+from gptfast import Engine, Error, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, LoadError, SamplingParams, packed
+from gptfast.generation.loading import cpp_reason
 
 SAMPLED = {"temperature": 1.0, "top_k": 40, "max_tokens": 16, "seed": 5, "ignore_eos": True}
+
+
+@pytest.fixture
+def eager_engine(folder):
+    with backend.use("eager"), Engine(folder, device="cpu") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def slow_folder(folder, tmp_path_factory):
+    """A model that is at its answer for some seconds."""
+    path = tmp_path_factory.mktemp("slow")
+    tokenizer = GPT2Tokenizer.from_pretrained(folder)
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(0)
+    config = GPT2Config(len(tokenizer), 4096, 256, 8, 4, initializer_range=0.1, bos_token_id=299, eos_token_id=299)
+    GPT2LMHeadModel(config).save_pretrained(path)
+    return path
 
 
 def test_the_same_seed_gives_the_same_answer_alone_and_in_a_batch(engine):
@@ -45,11 +72,11 @@ def test_choices_are_independent_and_the_first_is_that_of_one(engine):
     assert answers[0].token_ids == engine.generate("The quick", SamplingParams(**SAMPLED))[0].token_ids
 
 
-def test_choices_share_the_prompts_pass(engine, monkeypatch):
+def test_choices_share_the_prompts_pass(eager_engine, monkeypatch):
     seen = []
     forward = GPT2LMHeadModel.forward
     monkeypatch.setattr(GPT2LMHeadModel, "forward", lambda self, *a, **k: seen.append(len(a[0])) or forward(self, *a, **k))
-    engine.generate(["The quick", "fox"], SamplingParams(**{**SAMPLED, "max_tokens": 3}, n=4))
+    eager_engine.generate(["The quick", "fox"], SamplingParams(**{**SAMPLED, "max_tokens": 3}, n=4))
     assert seen == [2, 8, 8]
 
 
@@ -146,7 +173,8 @@ def test_different_orders_share_a_batch(engine):
     assert [a.token_ids for a in together] == [engine.generate("dog", p)[0].token_ids for p in params]
 
 
-def test_nan_logits_fail_that_request_alone(engine, monkeypatch):
+def test_nan_logits_fail_that_request_alone(eager_engine, monkeypatch):
+    engine = eager_engine
     forward = GPT2LMHeadModel.forward
     passes = []
 
@@ -208,7 +236,7 @@ def test_ids_without_a_text_are_never_drawn(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"dtype": "int3"}, {"dtype": "int8"}, {"threads": 0}, {"device": "tpu"}, {"batch": 0}, {"threads": True}]
+    "arguments", [{"dtype": "int3"}, {"threads": 0}, {"device": "tpu"}, {"batch": 0}, {"threads": True}, {"pages": 0}]
 )
 def test_bad_arguments_of_the_engine(folder, arguments):
     with pytest.raises(Error, match=f"{next(iter(arguments))} is"):
@@ -241,3 +269,132 @@ def test_bf16(folder):
     with Engine(folder, dtype="bf16", device="cpu") as engine:
         assert engine.model.dtype == torch.bfloat16
         assert len(engine.generate("dog", SamplingParams(**SAMPLED))[0].token_ids) == 16
+
+
+# ------------------------------------------------------------------------------------------------------------------- which engine
+
+
+def test_the_engine_says_what_it_is(folder):
+    reason = cpp_reason("fp32", "cpu")
+    with Engine(folder, device="cpu", threads=1) as engine:
+        expected = "cpp, fp32, 1 threads" if reason is None else f"eager on cpu, fp32 (not cpp: {reason})"
+        assert engine.describe() == expected
+    with backend.use("eager"), Engine(folder, dtype="bf16", device="cpu") as engine:
+        assert engine.describe().startswith("eager on cpu, bf16 (not cpp: ") and "Engine" not in engine.describe()
+    with Engine(folder, dtype="fp16", device="cpu") as engine:
+        assert "(not cpp: dtype fp16; it takes fp32, bf16, int8, int4)" in engine.describe()
+    with pytest.raises(Error, match="closed"):
+        engine.describe()
+    assert cpp_reason("fp32", "cuda") == "it runs on the CPU, and the device is cuda"
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_quantised_weights_are_the_cpp_engines(folder, dtype):
+    with backend.use("eager"), pytest.raises(Error, match=f"dtype is .{dtype}., which the C.. engine computes, and it does not"):
+        Engine(folder, dtype=dtype, device="cpu")
+    reason = cpp_reason(dtype, "cpu")
+    if reason is not None:
+        pytest.skip(reason)
+    with Engine(folder, dtype=dtype, device="cpu") as engine, pytest.raises(Error, match=f"no model in PyTorch with {dtype}"):
+        assert len(engine.generate("dog", SamplingParams(**SAMPLED))[0].token_ids) == 16
+        engine.model  # noqa: B018
+
+
+def test_both_engines_choose_the_same_tokens(folder, eager_engine):
+    with Engine(folder, device="cpu") as engine:
+        params = SamplingParams(**SAMPLED, logprobs=3)
+        for ours, theirs in zip(*(e.generate(["The quick", "dog", ""], params) for e in (engine, eager_engine)), strict=True):
+            assert ours.token_ids == theirs.token_ids and ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+
+
+def test_scores_of_both_engines(folder, eager_engine):
+    text = "The quick brown fox jumps over the lazy dog. " * 8
+    with Engine(folder, device="cpu") as engine:
+        for bos in (True, False):
+            ours, theirs = engine.score(text, bos=bos), eager_engine.score(text, bos=bos)
+            assert ours.token_ids == theirs.token_ids and len(ours.token_ids) > 64
+            assert [v is None for v in ours.logprobs] == [v is None for v in theirs.logprobs]
+            assert ours.total == pytest.approx(theirs.total, rel=1e-5) and ours.stride == theirs.stride == 32
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8", "int4"])
+def test_a_packed_file_is_the_folder(folder, tmp_path, dtype):
+    reason = cpp_reason(dtype, "cpu")
+    if reason is not None and dtype not in ("fp32", "bf16"):
+        pytest.skip(reason)
+    file = packed.write(folder, dtype, tmp_path / "model.gptfast")
+    params = SamplingParams(**SAMPLED, logprobs=2)
+    with Engine(folder, dtype, device="cpu") as engine, Engine(file, device="cpu") as other:
+        assert other.describe() == engine.describe()
+        assert other.generate(["dog", "The quick"], params) == engine.generate(["dog", "The quick"], params)
+        assert other.score("The lazy dog").logprobs == engine.score("The lazy dog").logprobs
+    wrong = "bf16" if dtype == "int8" else "int8"
+    with pytest.raises(Error, match=wrong):
+        Engine(file, wrong, device="cpu")
+
+
+# ------------------------------------------------------------------------------------------------------------------- speculation
+
+
+def test_speculation_changes_no_token(folder, tmp_path):
+    GPT2Tokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    small = GPT2LMHeadModel(GPT2Config(300, 64, 16, 1, 2, initializer_range=0.3, bos_token_id=299, eos_token_id=299))
+    small.save_pretrained(tmp_path)
+    prompts = ["The quick", "dog dog dog dog dog", ""]
+    params = [SamplingParams(**{**SAMPLED, "seed": seed, "temperature": 0.5 * seed, "max_tokens": 40}) for seed in range(3)]
+    with Engine(folder, device="cpu") as engine:
+        expected = [answer.token_ids for answer in engine.generate(prompts, params)]
+    for speculation in ("lookup", tmp_path, folder):
+        with Engine(folder, device="cpu", speculation=speculation) as engine:
+            assert [answer.token_ids for answer in engine.generate(prompts, params)] == expected
+
+
+def test_a_draft_has_the_same_tokenizer(folder, tmp_path):
+    GPT2Tokenizer.train(["other words altogether"] * 9, 280).save_pretrained(tmp_path)
+    GPT2LMHeadModel(GPT2Config(300, 64, 16, 1, 2)).save_pretrained(tmp_path)
+    with pytest.raises(Error, match=r"speculation is '.*', a model with another tokenizer than"):
+        Engine(folder, device="cpu", speculation=tmp_path)
+    with pytest.raises(LoadError):
+        Engine(folder, device="cpu", speculation="/not/there")
+
+
+# ------------------------------------------------------------------------------------------------------------------------ Ctrl-C
+
+
+def interrupt_soon(seconds: float) -> threading.Timer:
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    return timer
+
+
+def test_ctrl_c_gives_out_what_was_made(slow_folder):
+    params = SamplingParams(temperature=1.0, top_k=0, seed=1, max_tokens=4000, ignore_eos=True, stop=("never to be seen",))
+    with Engine(slow_folder, device="cpu") as engine:
+        pieces = []
+        with pytest.raises(KeyboardInterrupt):
+            for piece in engine.stream("The quick", params):
+                if not pieces:
+                    interrupt_soon(0.3)
+                pieces.append(piece)
+        assert pieces[-1].finish_reason == "cancelled" and sum(len(piece.token_ids) for piece in pieces) < 4000
+        made = [token for piece in pieces for token in piece.token_ids]
+        again = engine.generate("The quick", SamplingParams(**{**vars(params), "max_tokens": len(made)}))[0]
+        assert made == again.token_ids and "".join(piece.text for piece in pieces) == again.text
+        interrupt_soon(0.1)
+        begun = time.perf_counter()
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate("The quick", params)
+        assert time.perf_counter() - begun < 3
+        assert len(engine.generate("dog", SamplingParams(**SAMPLED))[0].token_ids) == 16  # and it goes on
+
+
+def test_ctrl_c_ends_the_command_with_130_and_the_text_so_far(slow_folder):
+    command = [sys.executable, "-P", "-m", "gptfast", "generate", str(slow_folder), "The quick", "--device", "cpu"]
+    command += ["--max-tokens", "4000", "--seed", "1", "--ignore-eos"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    first = os.read(child.stdout.fileno(), 1)
+    child.send_signal(signal.SIGINT)
+    rest, errors = child.communicate(timeout=60)
+    assert child.returncode == 130 and first and rest.endswith(b"\n"), errors
+    assert b"Traceback" not in errors

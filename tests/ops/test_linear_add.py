@@ -3,8 +3,12 @@
 import pytest
 import torch
 
-from gptfast import Error, backend, ops
+from gptfast import Error, backend, ops, testing
+from gptfast.ops.linear_add import eager
+from gptfast.packing import FORMATS
+from gptfast.testing import LAYOUTS, Target, arrange, check_op, random, same_bits
 
+ISAS = ("plain", "avx2", "avx512")
 pytestmark = pytest.mark.usefixtures("eager")
 
 
@@ -51,3 +55,121 @@ def test_limits_of_kernels(monkeypatch, rows, grad, reason):
 def test_bad_input():
     with pytest.raises(Error, match=r"residual has shape \(2, 4\), x \(2, 5\), weight \(3, 5\)"):
         ops.linear_add(torch.randn(2, 5), torch.randn(3, 5), None, torch.randn(2, 4))
+
+
+# -------------------------------------------------------------------------------------------------------------------------- kernels
+
+
+def kernel_case(rows, inputs, outputs, dtype=torch.float32, biased=True):
+    x, residual = random(rows, inputs, dtype=dtype), random(rows, outputs, dtype=dtype)
+    weight = random(outputs, inputs, dtype=dtype, scale=0.2)
+    return {"x": x, "weight": weight, "bias": random(outputs, dtype=dtype) if biased else None, "residual": residual}
+
+
+def packed(inputs, format):
+    return {**inputs, "weight": ops.pack_weight(inputs["weight"], format)}
+
+
+def run_cpp(inputs):
+    with backend(linear_add="cpp"):
+        return ops.linear_add(**inputs)
+
+
+def check(inputs, target):
+    return check_op("linear_add", ops.linear_add, eager, inputs, target, long_sums=("y",) * (inputs["x"].shape[-1] > 64))
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 33), (32, 65, 17), (1, 768, 96), (5, 129, 50)], ids=str)
+def test_shapes(target: Target, shape, biased):
+    inputs = kernel_case(*shape, target.dtype, biased)
+    check(inputs, target)
+    check({**inputs, "weight": inputs["weight"].t().contiguous().t()}, target)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_layouts(target: Target, layout):
+    inputs = kernel_case(6, 65, 17, target.dtype)
+    check({**inputs, "x": arrange(inputs["x"], layout), "residual": arrange(inputs["residual"], layout)}, target)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_packed_weights(isa, format, precision):
+    target = Target("cpp", precision, "cpp")
+    with testing.forced_isa(isa):
+        for shape in [(1, 1, 1), (3, 7, 33), (32, 65, 17), (2, 3072, 96)]:
+            for biased in (True, False):
+                inputs = packed(kernel_case(*shape, target.dtype, biased), format)
+                y = check(inputs, target)["y"]
+                if format in ("int8", "int4") and precision == "fp32":
+                    assert same_bits(y, eager(**inputs)), shape
+
+
+@pytest.mark.parametrize("other", [torch.bfloat16, torch.float16])
+def test_a_residual_of_another_dtype(other):
+    testing.requires("cpp", backend.EXTENSIONS["_C"])
+    for x, residual in ((torch.float32, other), (other, torch.float32)):
+        inputs = {**kernel_case(3, 33, 17, x), "residual": random(3, 17, dtype=residual)}
+        for case in (inputs, packed(inputs, "int8")):
+            y = check(case, Target("cpp", "fp32", "cpp"))["y"]
+            assert y.dtype == residual
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_row_has_the_same_bits_alone_and_on_any_number_of_threads(isa, format):
+    threads = torch.get_num_threads()
+    with testing.forced_isa(isa):
+        inputs = packed(kernel_case(32, 200, 300), format)
+        whole = run_cpp(inputs)
+        for row in (0, 7, 31):
+            alone = {**inputs, "x": inputs["x"][row : row + 1], "residual": inputs["residual"][row : row + 1]}
+            assert same_bits(run_cpp(alone), whole[row : row + 1].contiguous())
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                assert same_bits(run_cpp(inputs), whole)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def test_a_row_that_is_not_finite_stays_alone(target: Target):
+    inputs = kernel_case(5, 70, 33, target.dtype)
+    inputs["x"][2, 3] = float("inf")
+    for case in (inputs, *(packed(inputs, format) for format in FORMATS)):
+        with target.force("linear_add"):
+            y = ops.linear_add(**case)
+        assert not y[2].isfinite().any() and y[[0, 1, 3, 4]].isfinite().all()
+
+
+def test_opcheck_and_leaf():
+    testing.requires("cpp", backend.EXTENSIONS["_C"])
+    leaf, inputs = torch.ops.gptfast.linear_add, kernel_case(3, 70, 9)
+    torch.library.opcheck(leaf.default, tuple(inputs.values()))
+    for format in FORMATS:
+        weight = ops.pack_weight(inputs["weight"], format)
+        torch.library.opcheck(leaf.default, (*{**inputs, "weight": weight.data}.values(), format, 9))
+    for change, message in (({"residual": random(3, 8)}, "residual has shape"), ({"weight": random(9, 71)}, "weight has shape"),
+                            ({"bias": random(8)}, "bias has shape"), ({"x": random(3, 140)[:, ::2]}, "not contiguous")):
+        with pytest.raises(RuntimeError, match=message):
+            leaf(*{**inputs, **change}.values())
+
+
+def test_compile_on_cpp_and_a_backend_switched(compiled):
+    testing.requires("cpp", backend.EXTENSIONS["_C"])
+    inputs = packed(kernel_case(3, 70, 9), "int4")
+    function = compiled(lambda x: ops.linear_add(**{**inputs, "x": x}) * 2)
+    for name in ("cpp", "eager", "cpp"):
+        with backend(linear_add=name):
+            torch.testing.assert_close(function(inputs["x"]), ops.linear_add(**inputs) * 2)
+
+
+def test_wrong_results_are_rejected():
+    inputs = kernel_case(20, 24, 33)
+    own, ref = eager(**inputs), eager(**{name: value.double() for name, value in inputs.items()})
+    wrong = {"bias ignored": eager(**{**inputs, "bias": None}), "residual ignored": own - inputs["residual"],
+             "one term missing": eager(inputs["x"][:, 1:], inputs["weight"][:, 1:], inputs["bias"], inputs["residual"])}
+    for what, value in (testing.wrong_results(own) | wrong).items():
+        testing.assert_rejected(what, value, own, ref)
