@@ -91,7 +91,7 @@ def test_kernel_headers_see_no_torch_and_no_library() -> None:
     allowed = re.compile(r'#include ("cpu/.*"|"philox.h"|<stdint\.h>|<immintrin\.h>)')
     folder = ROOT / "csrc/cpu"
     shared = ("kernels.h", "exact.h", "paged.h", "sample_row.h", "sample_filters.h", "sample_draw.h")
-    for header in [*folder.glob("*_kernel.h"), *folder.glob("*vec*.h"), *(folder / name for name in shared)]:
+    for header in [*folder.rglob("*_kernel.h"), *folder.glob("*vec*.h"), *(folder / name for name in shared)]:
         includes = re.findall(r"^#include.*", header.read_text(), re.MULTILINE)
         assert all(allowed.match(line) for line in includes), header.name
 

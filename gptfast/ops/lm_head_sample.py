@@ -26,7 +26,8 @@ _decode = limit_decode("lm_head_sample")
 
 @backend.limits("lm_head_sample")
 def _limits(name: str, inputs: tuple[Any, ...], needs_grad: bool) -> str | None:
-    *tensors, order, logprobs_mode = inputs
+    tensors = [value for value in inputs if not isinstance(value, str)]
+    order, logprobs_mode = inputs[len(tensors) :] or ("gptfast", "raw")
     if (order, logprobs_mode) != ("gptfast", "raw"):
         return f"order {order} with {logprobs_mode} log-probabilities; kernels do gptfast with raw"
     return _decode(name, tuple(tensors), needs_grad)

@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+#include <cmath>
 #include <map>
 #include <optional>
 #include <string>
@@ -51,10 +53,11 @@ class Weights {
 };
 
 Format format_of(const std::string& name) {
-  for (const auto& [known, format] : {std::pair{"fp32", Format::fp32}, {"bf16", Format::bf16}, {"int8", Format::int8}, {"int4", Format::int4}}) {
-    if (name == known) return format;
-  }
-  throw std::invalid_argument("format is " + name + "; allowed: fp32, bf16, int8, int4");
+  static const std::map<std::string, Format> known{
+      {"fp32", Format::fp32}, {"bf16", Format::bf16}, {"int8", Format::int8}, {"int4", Format::int4}};
+  const auto found = known.find(name);
+  if (found == known.end()) throw std::invalid_argument("format is " + name + "; allowed: fp32, bf16, int8, int4");
+  return found->second;
 }
 
 Nonlinearity activation_of(const std::string& name) {

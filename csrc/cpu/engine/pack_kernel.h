@@ -104,8 +104,8 @@ GPTFAST_INLINE Vec group_scale(const Vec* w, int64_t count) {
 }
 
 void pack_groups(const Lanes& lanes, int64_t inputs, int64_t lane, uint8_t* out) {
-  constexpr int64_t kWords = engine::kGroup / 8, kBytes = engine::kPanel * (4 * kWords + 2);
-  for (int64_t start = 0; start < inputs; start += engine::kGroup, out += kBytes) {
+  constexpr int64_t kWords = engine::kGroupWords;
+  for (int64_t start = 0; start < inputs; start += engine::kGroup, out += engine::kGroupBytes) {
     const int64_t count = inputs - start < engine::kGroup ? inputs - start : engine::kGroup;
     Vec values[engine::kGroup] = {};
     for (int64_t k = 0; k < count; ++k) values[k] = lanes.at(start + k);
@@ -149,7 +149,6 @@ void unpack_row(const engine::PackedWeight& weight, int64_t output, float* value
   const int64_t lane = output % engine::kPanel, inputs = weight.inputs;
   const uint8_t* panel = weight.data + output / engine::kPanel * engine::panel_bytes(weight.format, inputs);
   const auto word = [&](int64_t index) { return panel + 4 * (index * engine::kPanel + lane); };
-  constexpr int64_t kGroupWords = engine::kGroup / 8, kGroupBytes = engine::kPanel * (4 * kGroupWords + 2);
   const auto from_bf16 = [](const uint8_t* place) {
     const uint32_t bits = static_cast<uint32_t>(read<uint16_t>(place)) << 16;
     return read<float>(&bits);
@@ -169,8 +168,8 @@ void unpack_row(const engine::PackedWeight& weight, int64_t output, float* value
     case Format::int4:
       for (int64_t k = 0; k < inputs; ++k) {
         const int64_t group = k / engine::kGroup, place = k % engine::kGroup;
-        const uint8_t* codes = panel + group * kGroupBytes;
-        const float scale = from_bf16(codes + 4 * kGroupWords * engine::kPanel + 2 * lane);
+        const uint8_t* codes = panel + group * engine::kGroupBytes;
+        const float scale = from_bf16(codes + 4 * engine::kGroupWords * engine::kPanel + 2 * lane);
         const uint8_t both = codes[4 * (place / 8 * engine::kPanel + lane) + place % 4];
         values[k] = static_cast<float>((place % 8 < 4 ? both & 15 : both >> 4) - 8) * scale;
       }

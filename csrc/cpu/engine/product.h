@@ -20,6 +20,8 @@ enum class Format { fp32, bf16, int8, int4 };  // bf16: both operands are rounde
 constexpr int64_t kPanel = 32;   // outputs that lie side by side: the unit in which work is dealt to threads
 constexpr int64_t kBlock = 128;  // consecutive inputs summed in one chain
 constexpr int64_t kGroup = 64;   // consecutive inputs that share an int4 scale
+constexpr int64_t kGroupWords = kGroup / 8;                     // for each output: a word holds eight int4 codes
+constexpr int64_t kGroupBytes = kPanel * (4 * kGroupWords + 2);  // of a panel: codes and scales
 
 // One buffer on every machine and instruction set, 64-byte aligned: panels of kPanel outputs in order, the last padded with zeros, and
 // inputs padded with zeros to whole words of 32 bits (int4: whole groups). In a panel, for each word along the inputs kPanel words lie
@@ -45,7 +47,7 @@ constexpr int64_t panel_bytes(Format format, int64_t inputs) {
     case Format::fp32: return 4 * kPanel * inputs;
     case Format::bf16: return 4 * kPanel * divide_up(inputs, 2);
     case Format::int8: return 4 * kPanel * (divide_up(inputs, 4) + 2);
-    case Format::int4: return divide_up(inputs, kGroup) * kPanel * (kGroup / 2 + 2);
+    case Format::int4: return divide_up(inputs, kGroup) * kGroupBytes;
   }
   return 0;
 }

@@ -134,9 +134,7 @@ void scale_sums(const uint8_t* scales, const float* row_scales, int64_t rows, ui
   }
 }
 
-constexpr int64_t kGroupWords = engine::kGroup / 8;                              // a word holds eight codes
-constexpr int64_t kGroupBytes = engine::kPanel * (4 * kGroupWords + 2);
-constexpr int64_t kBlockGroups = 8;                                              // groups that stay near from tile to tile
+constexpr int64_t kBlockGroups = 8;  // groups that stay in the first-level cache from tile to tile
 
 // sums[kCount, kPanel] += the terms of `count` groups, in order; x and the rows' scales and offsets begin with the first of them
 template <int kCount>
@@ -145,15 +143,15 @@ void group_tile(const uint8_t* weights, const uint32_t* x, const float* scales, 
   constexpr int kColumns = kTileVectors<kCount>;
   for (int column = 0; column < kPanelVectors; column += kColumns) {
     for (int64_t group = 0; group < count; ++group) {
-      const uint8_t* right = weights + group * kGroupBytes + column * sizeof(Vec);
-      const uint32_t* left = x + group * 2 * kGroupWords * kCount;
+      const uint8_t* right = weights + group * engine::kGroupBytes + column * sizeof(Vec);
+      const uint32_t* left = x + group * 2 * engine::kGroupWords * kCount;
       Ints total[kCount][kColumns];
 #pragma GCC unroll 12
       for (int r = 0; r < kCount; ++r) {
 #pragma GCC unroll 8
         for (int c = 0; c < kColumns; ++c) total[r][c] = Ints{} + offsets[r * row_groups + group];
       }
-      for (int64_t word = 0; word < kGroupWords; ++word, right += 4 * engine::kPanel, left += 2 * kCount) {
+      for (int64_t word = 0; word < engine::kGroupWords; ++word, right += 4 * engine::kPanel, left += 2 * kCount) {
         Bits low[kColumns], high[kColumns];
 #pragma GCC unroll 8
         for (int c = 0; c < kColumns; ++c) {
@@ -168,7 +166,8 @@ void group_tile(const uint8_t* weights, const uint32_t* x, const float* scales, 
           for (int c = 0; c < kColumns; ++c) total[r][c] = add_dots(add_dots(total[r][c], low[c], first), high[c], second);
         }
       }
-      const bf16* own = reinterpret_cast<const bf16*>(weights + group * kGroupBytes + kGroupWords * 4 * engine::kPanel) + column * kWidth;
+      const uint8_t* ends = weights + group * engine::kGroupBytes + engine::kGroupWords * 4 * engine::kPanel;
+      const bf16* own = reinterpret_cast<const bf16*>(ends) + column * kWidth;
 #pragma GCC unroll 12
       for (int r = 0; r < kCount; ++r) {
 #pragma GCC unroll 8
@@ -201,8 +200,8 @@ void group_sums(const uint8_t* panel, const QuantisedRows& x, const RowTiles& ti
     for (int64_t tile = first_tile; tile < end_tile; ++tile) {
       const int64_t row = tiles.first(tile), place = row * groups + group;
       const int size = tiles.size(tile);
-      const uint32_t* words = x.words + 2 * kGroupWords * (row * groups + group * size);
-      group_tile_for(size)(panel + group * kGroupBytes, words, x.scales + place, x.offsets + place, groups, count,
+      const uint32_t* words = x.words + 2 * engine::kGroupWords * (row * groups + group * size);
+      group_tile_for(size)(panel + group * engine::kGroupBytes, words, x.scales + place, x.offsets + place, groups, count,
                            sums + (row - first_row) * engine::kPanel);
     }
   }

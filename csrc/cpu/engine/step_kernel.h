@@ -22,7 +22,9 @@ namespace gptfast::cpu::GPTFAST_ISA {
 
 void embed_token(const engine::PackedWeight& table, int64_t token, const float* position, float* y) {
   unpack_row(table, token, y);
-  for_columns(table.inputs, [&](int64_t i, int lanes) { store_lanes(y + i, load_lanes(y + i, lanes) + load_lanes(position + i, lanes), lanes); });
+  for_columns(table.inputs, [&](int64_t i, int lanes) {
+    store_lanes(y + i, load_lanes(y + i, lanes) + load_lanes(position + i, lanes), lanes);
+  });
 }
 
 void activate(engine::Nonlinearity kind, float* y, int64_t stride, int64_t rows, int64_t first, int64_t end) {
