@@ -148,10 +148,7 @@ int64_t Engine::decode(const Request& request, Draws draws, int64_t steps, const
 void Engine::copy_page(int64_t from, int64_t to) {
   check_range("a page", from, 0, cache_.pages - 1);
   check_range("a page", to, 0, cache_.pages - 1);
-  const int64_t bytes = cache_.page_bytes();
-  for (int64_t block = 0; block < cache_.blocks; ++block) {
-    for (uint8_t* pool : {cache_.keys(block), cache_.values(block)}) std::copy_n(pool + from * bytes, bytes, pool + to * bytes);
-  }
+  if (from != to) std::copy_n(cache_.page(from), cache_.page_bytes(), cache_.page(to));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------- Ctrl-C

@@ -145,7 +145,7 @@ void Forward::attend(int thread, int64_t index, const Pass& pass) {
   args.scale = model_.blocks[index].scale;
   args.cache.keys = cache_.keys(index);
   args.cache.values = cache_.values(index);
-  args.cache.key_stride = args.cache.value_stride = cache_.heads * kPage * cache_.size;
+  args.cache.key_stride = args.cache.value_stride = cache_.stride();
   args.cache.heads = cache_.heads;
   args.cache.size = cache_.size;
   float* scratch = scratch_[thread].get();
@@ -168,7 +168,7 @@ void Forward::attend(int thread, int64_t index, const Pass& pass) {
 }
 
 void Forward::append(int64_t index, const Piece& piece, const Share& heads) const {
-  const int64_t width = model_.width, size = cache_.size, first = heads.first * size, item = cache_.type == Type::fp32 ? 4 : 2;
+  const int64_t width = model_.width, size = cache_.size, first = heads.first * size, item = cache_.item();
   const int32_t start = static_cast<int32_t>(piece.start);
   const float* qkv = qkv_.get() + piece.row * 3 * width + first;
   CacheAppend args{};
@@ -180,7 +180,7 @@ void Forward::append(int64_t index, const Piece& piece, const Share& heads) cons
   args.key_stride = args.value_stride = 3 * width;
   args.cache.keys = cache_.keys(index) + first * kPage * item;
   args.cache.values = cache_.values(index) + first * kPage * item;
-  args.cache.key_stride = args.cache.value_stride = cache_.heads * kPage * size;
+  args.cache.key_stride = args.cache.value_stride = cache_.stride();
   args.cache.heads = heads.end - heads.first;
   args.cache.size = size;
   args.cache.table = {piece.table, false};

@@ -52,7 +52,8 @@ class Buffer {
   std::unique_ptr<T, decltype(&std::free)> memory_{nullptr, &std::free};
 };
 
-// Keys and values of all blocks, [blocks, 2, pages, H, 64, D]. Pages that were never written take no memory, and hold zeros.
+// Keys and values of all blocks, [pages, blocks, 2, H, 64, D]: a page's are together, so that memory can come in huge pages
+// without much of it unused. Pages that were never written take no memory, and hold zeros.
 class Cache {
  public:
   Cache(const Model& model, int64_t pages)
@@ -61,18 +62,22 @@ class Cache {
         blocks(static_cast<int64_t>(model.blocks.size())),
         heads(model.heads),
         size(model.size()),
-        bytes_(2 * blocks * pages * page_bytes()) {
+        bytes_(pages * page_bytes()) {
     void* memory = mmap(nullptr, bytes_ + 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
+    madvise(memory, bytes_ + 1, MADV_HUGEPAGE);  // which Linux may refuse
     memory_ = static_cast<uint8_t*>(memory);
   }
   ~Cache() { munmap(memory_, bytes_ + 1); }
   Cache(const Cache&) = delete;
   Cache& operator=(const Cache&) = delete;
 
-  int64_t page_bytes() const { return heads * kPage * size * (type == Type::fp32 ? 4 : 2); }
-  uint8_t* keys(int64_t block) const { return memory_ + 2 * block * pages * page_bytes(); }
-  uint8_t* values(int64_t block) const { return keys(block) + pages * page_bytes(); }
+  int64_t item() const { return type == Type::fp32 ? 4 : 2; }
+  int64_t stride() const { return 2 * blocks * heads * kPage * size; }  // elements from page to page
+  int64_t page_bytes() const { return stride() * item(); }
+  uint8_t* page(int64_t number) const { return memory_ + number * page_bytes(); }
+  uint8_t* keys(int64_t block) const { return memory_ + 2 * block * heads * kPage * size * item(); }
+  uint8_t* values(int64_t block) const { return memory_ + (2 * block + 1) * heads * kPage * size * item(); }
 
   const Type type;
   const int64_t pages, blocks, heads, size;
