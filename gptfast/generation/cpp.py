@@ -5,9 +5,12 @@ prompt was cut, with any number of threads, and with step() as with decode().
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import mmap
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +38,10 @@ class Weights(Protocol):
         """fp32, bf16, int8 or int4."""
 
     @property
+    def path(self) -> Path | None:
+        """The file that the tensors are mapped from; None where they are in memory."""
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """Hugging Face's names -> buffer."""
 
@@ -52,8 +59,9 @@ class CppRunner:
         config = weights.config
         extension: Any = importlib.import_module("gptfast._C")
         shape = {name: getattr(config, name) for name in SHAPE}
+        tensors = weights.tensors if weights.path is None else in_huge_pages(weights.tensors)
         try:
-            self._engine: Any = extension.Engine(shape, weights.tensors, weights.dtype, threads, pages)
+            self._engine: Any = extension.Engine(shape, tensors, weights.dtype, threads, pages)
         except (ValueError, RuntimeError) as error:
             raise Error(f"the C++ engine cannot run these weights: {_line(error)}") from None
         self.vocab, self.context, self.pages = config.real_vocabulary, config.n_positions, pages
@@ -132,6 +140,27 @@ class CppRunner:
             sampler = before[1]
         self._sampler = (rows, sampler)
         return sampler
+
+
+def in_huge_pages(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in memory for which huge pages are asked, each at a multiple of 64 bytes.
+
+    A token reads all weights in order, and what limits it on pages of 4 KiB, as a mapped file has, is their number: on Zen 4 int8
+    takes 1.2 to 1.4 times, fp32 1.4 to 1.5 times as long on them.
+    """
+    starts, total = {}, 0
+    for name, tensor in tensors.items():
+        starts[name] = total
+        total += -(-tensor.nbytes // 64) * 64
+    memory = mmap.mmap(-1, max(total, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    copies = {}
+    for name, tensor in tensors.items():
+        copy = whole[starts[name] : starts[name] + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        copies[name] = copy.copy_(tensor)
+    return copies
 
 
 SHAPE = (
