@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -189,6 +190,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     required()  # an unknown name ends the run here
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C, and so would our children
     # a folder named kernels on sys.path would shadow Hugging Face's package of that name, for which transformers looks
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
     if "TRITON_INTERPRET" not in os.environ and not _has_gpu():
