@@ -217,9 +217,11 @@ def test_every_instruction_set(isa, precision, approximate):
         check(sample((2, 1000), target.dtype, scale=6.0) | {"bias": None}, target, approximate)
 
 
+@pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
-def test_one_thread_and_two_give_the_same_bits(isa):
+def test_one_thread_and_two_give_the_same_bits(isa, biased):
     inputs, results, threads = sample((3000, 33), torch.float32), [], torch.get_num_threads()
+    inputs |= {} if biased else {"bias": None}
     with testing.forced_isa(isa), backend(gelu="cpp"):
         try:
             for count in (1, 2, 3):
