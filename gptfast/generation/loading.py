@@ -72,6 +72,8 @@ def load(path: str | Path, dtype: str | None, threads: int | None, device: str, 
     dtype = dtype or ("fp32" if file is None else file.dtype)
     if dtype not in DTYPES and dtype not in packed.DTYPES:
         raise Error(f"dtype is {dtype!r}; allowed: {', '.join(dict.fromkeys((*DTYPES, *packed.DTYPES)))}")
+    if file is not None and dtype != file.dtype:
+        raise Error(f"dtype is {dtype!r}, and the packed file {path} holds {file.dtype}")
     device = pick_device(device)
     reason = cpp_reason(dtype, device)
     if reason is None:
