@@ -20,7 +20,7 @@ DEMO_READY := $(VENV)/.demo build/.extension
 TEST_READY := $(VENV)/.demo $(VENV)/.test build/.extension
 endif
 PIP = $(VENV)/bin/python -m pip install -q --disable-pip-version-check -c .ci/constraints.txt
-SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
+SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cpu/engine/*.* csrc/cuda/*.*)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint build aot asan mutate campaigns bench clean
