@@ -1,0 +1,94 @@
+"""When two engines with the same weights chose rightly: everywhere the same token, but where the choice hung by less than what their
+logits differ by.
+
+Both are given the same texts (teacher-forced), so their logits can be compared place by place. d is the largest difference of two
+logits over all places. What is chosen may differ only where the reference's winner, or the boundary of one of its filters, leads by
+less than 2 d: each of two logits may have moved by d, towards each other. Such places are counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import gptfast.backend as backend
+from gptfast import ops, philox
+from gptfast.generation.parameters import SamplingParams
+from gptfast.ops.sample import filtered
+
+LARGEST, RATE = 1e-5, 1e-4  # d as a part of the largest |logit|; places where another token was chosen
+GREEDY = SamplingParams(temperature=0.0)
+SETTINGS = (
+    GREEDY, SamplingParams(temperature=1.0, top_k=0), SamplingParams(temperature=0.8, top_k=20),
+    SamplingParams(temperature=1.0, top_k=0, top_p=0.9), SamplingParams(temperature=0.7, top_k=40, top_p=0.95, min_p=0.02),
+)  # fmt: skip
+
+
+@dataclass
+class Agreement:
+    """places: how many choices were compared; different: how many of them differ; difference: d / largest |logit|."""
+
+    places: int
+    different: int
+    difference: float
+
+
+def compare(right: Tensor, found: Tensor, settings: tuple[SamplingParams, ...] = SETTINGS) -> Agreement:
+    """right, found: logits fp32 [places, V] of the reference and of another engine. Raises AssertionError for a difference above
+    LARGEST, for another choice where nothing was close, and for more than RATE other choices in all (one is always allowed)."""
+    apart = float((right - found).abs().max())
+    difference = apart / float(right.abs().max())
+    assert difference <= LARGEST, f"logits differ by {difference:.3g} of the largest; allowed: {LARGEST}"
+    places, different = 0, 0
+    for number, params in enumerate(settings):
+        position = torch.arange(len(right)) % 1000
+        ours, theirs = (_choose(logits, params, number, position) for logits in (found, right))
+        wrong = (ours != theirs).nonzero()[:, 0]
+        places, different = places + len(right), different + len(wrong)
+        if len(wrong):
+            leads = margins(right[wrong], params, number, position[wrong])
+            assert bool((leads < 2 * apart).all()), f"{params}: another token where the lead is {float(leads.max()):.3g}, d {apart:.3g}"
+    assert different <= max(1, RATE * places), f"{different} of {places} choices differ"
+    return Agreement(places, different, difference)
+
+
+def _columns(params: SamplingParams, rows: int) -> dict[str, Tensor]:
+    numbers = {name: torch.full((rows,), float(getattr(params, name))) for name in ("temperature", "top_p", "min_p", "typical_p")}
+    return {**numbers, "top_k": torch.full((rows,), params.top_k)}
+
+
+def _choose(logits: Tensor, params: SamplingParams, seed: int, position: Tensor) -> Tensor:
+    key = {"seed": torch.full_like(position, seed), "position": position, "choice": torch.zeros_like(position)}
+    with backend(sample="eager"):
+        return ops.sample(logits, **_columns(params, len(logits)), **key).token
+
+
+def margins(logits: Tensor, params: SamplingParams, seed: int, position: Tensor) -> Tensor:
+    """How far, in logits, each row [B, V] is from another choice: the least of the winner's lead and of the distances of the
+    boundaries of top_k, top_p and min_p. typical_p is not known here."""
+    if params.greedy:
+        best = logits.topk(2, dim=1).values
+        return best[:, 0] - best[:, 1]
+    assert params.typical_p == 1
+    columns = _columns(params, len(logits))
+    given = [columns[name] for name in ("temperature", "top_k", "top_p", "min_p")]
+    kept, ids = filtered(logits, given[0], given[1], given[2], given[3], None, params.order)
+    places = torch.arange(logits.shape[1]).expand_as(logits) if ids is None else ids
+    score = kept + philox.gumbel(torch.full((len(logits), 1), seed), places, position[:, None], torch.zeros(len(logits), 1).long())
+    best = score.topk(min(2, score.shape[1]), dim=1).values
+    result = (best[:, 0] - best[:, -1]) * params.temperature if best.shape[1] == 2 else torch.full((len(logits),), float("inf"))
+    ordered = logits.double().sort(dim=1, descending=True).values
+    if 0 < params.top_k < logits.shape[1]:
+        result = torch.minimum(result, (ordered[:, params.top_k - 1] - ordered[:, params.top_k]).float())
+        ordered = ordered[:, : params.top_k]
+    scaled = ordered / params.temperature
+    if params.top_p < 1:
+        mass = scaled.softmax(1).cumsum(1)
+        slack = (mass - params.top_p).abs().amin(1) / (params.top_p * (1 - params.top_p))  # d moves log(p / (1 - p)) by up to 2 d
+        result = torch.minimum(result, (slack * params.temperature).float())
+    if params.min_p > 0:
+        edge = ordered[:, :1] + params.temperature * torch.tensor(params.min_p).log()
+        result = torch.minimum(result, (ordered - edge).abs().amin(1).float())
+    return result
