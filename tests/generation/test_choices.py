@@ -4,11 +4,10 @@ import pytest
 import torch
 
 import gptfast.backend as backend
-from gptfast import GPT2Config, GPT2LMHeadModel, packed, testing
+from gptfast import packed, testing
 from gptfast.generation.cpp import CppRunner
 from gptfast.generation.parameters import SamplingParams
-from gptfast.generation.runner import Batch
-from gptfast.testing.choices import GREEDY, SETTINGS, compare, margins
+from gptfast.testing.choices import GREEDY, SETTINGS, _choose, compare, eager_logits, margins, runner_logits, spread, texts_of
 
 PROMPTS, NEW = 64, 64
 CONFIGS = {
@@ -23,39 +22,6 @@ def extension():
     testing.requires("cpp", backend.EXTENSIONS["_C"])
 
 
-def spread(**changes):
-    """Weights so large that greedy text does not repeat itself."""
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(**{"n_positions": 128, "initializer_range": 0.3, **changes})).eval()
-
-
-def texts_of(model, **more):
-    """[(prompt length, ids)]: prompts of 1 to 60 random tokens, and 64 more that the eager model chose."""
-    generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(1, 61, (PROMPTS,), generator=generator)
-    ids, mask = torch.zeros(PROMPTS, 60, dtype=torch.int64), torch.zeros(PROMPTS, 60, dtype=torch.int64)
-    for row, length in enumerate(lengths):
-        mask[row, 60 - length :] = 1
-        ids[row, 60 - length :] = torch.randint(0, model.config.vocab_size, (length,), generator=generator)
-    with backend("eager"):
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, eos_token_id=-1, **more)
-    return [(int(length), out[row, 60 - length :].tolist()) for row, length in enumerate(lengths)]
-
-
-def eager_logits(model, texts):
-    """[texts * NEW, V]: those that each new token was chosen from, by PyTorch alone."""
-    with torch.no_grad(), backend("eager"):
-        return torch.cat([model(torch.tensor([ids])).logits[0, length - 1 : -1] for length, ids in texts])
-
-
-def cpp_logits(runner, texts):
-    """The same from the C++ engine, all texts in one step."""
-    batch, width = Batch(), 2
-    for i, (_, ids) in enumerate(texts):
-        batch.add(ids[:-1], 0, list(range(width * i, width * i + width)), NEW, None)
-    return runner.logits(batch)
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("sampled", [False, True])
 def test_cpp_chooses_as_eager_does(name, sampled):
@@ -65,17 +31,16 @@ def test_cpp_chooses_as_eager_does(name, sampled):
     assert sum(len(set(ids[length:])) for length, ids in texts) > 16 * PROMPTS, "the texts vary"
     right = eager_logits(model, texts)
     assert [ids[length:] for length, ids in texts] == right.argmax(1).view(PROMPTS, NEW).tolist() or sampled
-    found = cpp_logits(CppRunner(packed.pack(model, "fp32"), 2, 2 * PROMPTS), texts)
+    found = runner_logits(CppRunner(packed.pack(model, "fp32"), 2, 2 * PROMPTS), texts)
     agreement = compare(right, found)
     assert agreement.places == len(SETTINGS) * PROMPTS * NEW
 
 
-def test_gpt2_small_in_a_short_form():
-    """GPT-2 124M's shape, 2 texts of 64 prompts and all of the vocabulary's 50,257 ids."""
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_layer=2, initializer_range=0.1)).eval()
+def test_gpt2_smalls_width_and_vocabulary():
+    """One block of GPT-2 124M and two texts; all of it is a command (gptfast/testing/choices.py)."""
+    model = spread(n_layer=1, initializer_range=0.1)
     texts = [(32, torch.randint(0, 50257, (32 + NEW,)).tolist()) for _ in range(2)]
-    found = cpp_logits(CppRunner(packed.pack(model, "fp32"), 2, 4), texts)
+    found = runner_logits(CppRunner(packed.pack(model, "fp32"), 2, 4), texts)
     compare(eager_logits(model, texts), found, (GREEDY, SamplingParams(temperature=0.8, top_k=50, top_p=0.95)))
 
 
@@ -88,7 +53,7 @@ def test_other_weights_are_noticed():
     right = eager_logits(model, texts)
     for format in ("bf16", "int8"):
         with pytest.raises(AssertionError, match="logits differ by"):
-            compare(right, cpp_logits(CppRunner(packed.pack(model, format), 2, 16), texts))
+            compare(right, runner_logits(CppRunner(packed.pack(model, format), 2, 16), texts))
 
 
 def test_another_choice_is_noticed_unless_it_was_close():
@@ -122,8 +87,6 @@ def test_margins_are_those_at_which_choices_change(params):
     logits, position = torch.randn(400, 60) * 2, torch.arange(400)
     leads = margins(logits, params, 0, position)
     assert bool((leads >= 0).all()) and float(leads.median()) > 1e-3
-    from gptfast.testing.choices import _choose
-
     before = _choose(logits, params, 0, position)
     step = torch.empty_like(logits).uniform_(-1, 1).sign()
     assert torch.equal(_choose(logits + 0.49 * leads[:, None] * step, params, 0, position), before)

@@ -6,8 +6,7 @@ import torch
 import gptfast.backend as backend
 from gptfast import GPT2Config, GPT2LMHeadModel, packed, testing
 from gptfast.generation.cpp import CppRunner
-from gptfast.generation.runner import Batch
-from gptfast.testing.choices import compare
+from gptfast.testing.choices import compare, runner_logits
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (the `test` extra)")
 PROMPTS, NEW = 64, 64
@@ -40,8 +39,5 @@ def test_cpp_chooses_as_transformers_does(changes):
     assert sum(len(set(ids[length:])) for length, ids in texts) > 16 * PROMPTS, "the texts vary"
     with torch.no_grad():
         right = torch.cat([theirs(torch.tensor([ids])).logits[0, length - 1 : -1] for length, ids in texts])
-    batch = Batch()
-    for i, (_, ids) in enumerate(texts):
-        batch.add(ids[:-1], 0, [2 * i, 2 * i + 1], NEW, None)
-    found = CppRunner(packed.pack(ours, "fp32"), 2, 2 * PROMPTS).logits(batch)
+    found = runner_logits(CppRunner(packed.pack(ours, "fp32"), 2, 2 * PROMPTS), texts)
     compare(right, found)
