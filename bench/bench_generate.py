@@ -327,7 +327,8 @@ def _goals(tables: dict[tuple[str, str], Group]) -> Iterator[tuple[str, float | 
         ratios = table.ratios(own[form], lambda name, table=table: table.tasks[name].first) if own[form] in table.rows else {}
         yield f"prefill of 896 {form} vs {peer}", ratios.get(peer), least
     for form in cases.FORMATS:
-        yield f"{form} without a sampler / greedy", row("decode", form, own[form]).get("vs", {}).get(f"{own[form]} evaluation"), 0.98
+        alone = f"{own[form]} evaluation"
+        yield f"{form} without a sampler / greedy", row("decode", form, own[form]).get("vs", {}).get(alone), 0.98
         yield f"{form} greedy / sampled", row("decode", form, f"{own[form]} sampled").get("vs", {}).get(own[form]), 0.98
         short, long = row("decode", form, own[form]), row("context", form, own[form])
         if not short or not long:

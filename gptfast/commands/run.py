@@ -49,7 +49,8 @@ class Beams:
 
 
 WINDOWS, SPECULATIVE, BEAMS = keys(Windows), keys(Speculative), keys(Beams)
-DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "order", "logprobs_mode", "logprobs", "stop")  # no beam has
+# what no beam looks at
+DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "order", "logprobs_mode", "logprobs", "stop")
 
 
 def _standard_input() -> str:

@@ -85,5 +85,5 @@ class PagedBeams:
     def _page(self) -> int:
         page = self.pool.take()
         if page is None:
-            raise Error(f"beam search needs more than the {self.pool.pages:,} pages of {PAGE} tokens; use fewer beams or more pages")
+            raise Error(f"beam search needs more than {self.pool.pages:,} pages of {PAGE} tokens; use fewer beams or more pages")
         return page

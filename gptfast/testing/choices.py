@@ -1,5 +1,5 @@
-"""When two engines with the same weights chose rightly: everywhere the same token, but where the choice hung by less than what their
-logits differ by.
+"""When two engines with the same weights choose alike: the same token everywhere, but where the choice hung by less than what
+their logits differ by.
 
 Both are given the same texts (teacher-forced), so their logits can be compared place by place. d is the largest difference of two
 logits over all places. What is chosen may differ only where the reference's winner, or the boundary of one of its filters, leads by
@@ -61,7 +61,8 @@ def compare(right: Tensor, found: Tensor, settings: tuple[SamplingParams, ...] =
         places, different = places + len(right), different + len(wrong)
         if len(wrong):
             leads = margins(right[wrong], params, number, position[wrong])
-            assert bool((leads < 2 * apart).all()), f"{params}: another token where the lead is {float(leads.max()):.3g}, d {apart:.3g}"
+            lead = float(leads.max())
+            assert lead < 2 * apart, f"{params}: another token at a lead of {lead:.3g}, d is {apart:.3g}"
     assert different <= max(1, RATE * places), f"{different} of {places} choices differ"
     return Agreement(places, different, difference)
 
@@ -166,7 +167,7 @@ def main() -> None:
             places, different = places + found.places, different + found.different
             largest = max(largest, found.difference)
         kind = "greedy" if seed is None else "sampled"
-        print(f"{kind}: {different} of {places:,} choices differ, logits by {largest:.2g} of the largest; allowed {RATE}, {LARGEST}")
+        print(f"{kind}: {different} of {places:,} choices differ (allowed {RATE}), logits by {largest:.2g} of the largest ({LARGEST})")
         if different > max(1, RATE * places):
             raise SystemExit(1)
 

@@ -1,4 +1,4 @@
-"""The C++ engine under test: small models of every shape, sequences driven through a runner as a scheduler would, and the definition
+"""The C++ engine under test: small models of every shape, sequences driven through a runner as a scheduler would, the definition
 of a whole model with packed weights."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A tiny model with spread-out weights and a tokenizer of 300 tokens, as a folder and loaded, and every engine on it; and runners of
+"""A tiny model with spread-out weights and a tokenizer of 300 tokens, as a folder and loaded, every engine on it, and runners of
 every kind for the scheduler's tests."""
 
 from collections.abc import Callable, Iterator

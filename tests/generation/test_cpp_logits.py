@@ -33,7 +33,7 @@ def test_fp32_logits_are_eagers(name, isa):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("format", FORMATS[1:])
 def test_logits_of_other_formats_are_the_definitions(format, isa):
-    """Whole models, teacher-forced: activations quantised as the products' definition says. Where a sum is rounded differently a code
+    """Whole models, teacher-forced: activations quantised as the definition says. Where a sum is rounded differently a code
     may be its neighbour, and no logit may be off by more than 2 % of the logits' standard deviation for that."""
     for name in CONFIGS:
         model, weights = model_of(name), packed_of(name, format)
@@ -51,7 +51,7 @@ def test_logits_of_other_formats_are_the_definitions(format, isa):
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "unscaled"])
 def test_bf16_is_as_near_to_float64_as_eager_in_bf16(name):
-    """The house's tolerance, the whole model as one op: eager computes everything in bf16, the engine only the products' operands."""
+    """The house's tolerance, the whole model as one op: eager rounds all values to bf16, the engine products' operands."""
     model = model_of(name)
     ids = torch.tensor(prompts_of(model.config.vocab_size, [100]))
     rounded = GPT2LMHeadModel(model.config).eval()

@@ -1,4 +1,4 @@
-"""The orders "vllm" and "llama.cpp": the kept set and its probabilities, against vLLM's steps written out in float64 by sorting, and
+"""The orders "vllm" and "llama.cpp": kept set and probabilities, against vLLM's steps written out in float64 by sorting, and
 against llama.cpp's own samplers where its library is installed."""
 
 import ctypes
@@ -15,8 +15,8 @@ def case(seed):
     draw = random.Random(seed)
     logits = torch.randn(200, generator=torch.Generator().manual_seed(seed)) * draw.choice([1.5, 3.0])
     return logits, {
-        "temperature": draw.choice([0.5, 0.8, 1.0, 1.7]), "top_k": draw.choice([0, 5, 40, 150]), "top_p": draw.choice([0.5, 0.9, 1.0]),
-        "min_p": draw.choice([0.0, 0.02, 0.1]), "typical_p": draw.choice([0.4, 0.8, 1.0]),
+        "temperature": draw.choice([0.5, 0.8, 1.0, 1.7]), "top_k": draw.choice([0, 5, 40, 150]),
+        "top_p": draw.choice([0.5, 0.9, 1.0]), "min_p": draw.choice([0.0, 0.02, 0.1]), "typical_p": draw.choice([0.4, 0.8, 1.0]),
     }
 
 
