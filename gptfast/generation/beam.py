@@ -157,7 +157,7 @@ def beam_search(source: Source, rows: Sequence[Row], settings: BeamSettings) -> 
     while True:
         best, index = _continuations(alive, logits, settings)
         parents = []
-        failed = logits.view(len(alive), -1).isnan().any(1).tolist()
+        failed = logits.reshape(len(alive), -1).isnan().any(1).tolist()
         for n, item in enumerate(alive):
             if failed[n]:
                 item.hypotheses = [Hypothesis(-math.inf, item.rows[0].tokens, "error")] * settings.num_beams

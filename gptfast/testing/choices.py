@@ -56,7 +56,7 @@ def compare(right: Tensor, found: Tensor, settings: tuple[SamplingParams, ...] =
     places, different = 0, 0
     for number, params in enumerate(settings):
         position = torch.arange(len(right)) % 1000
-        ours, theirs = (_choose(logits, params, number, position) for logits in (found, right))
+        ours, theirs = (choose(logits, params, number, position) for logits in (found, right))
         wrong = (ours != theirs).nonzero()[:, 0]
         places, different = places + len(right), different + len(wrong)
         if len(wrong):
@@ -72,7 +72,8 @@ def _columns(params: SamplingParams, rows: int) -> dict[str, Tensor]:
     return {**numbers, "top_k": torch.full((rows,), params.top_k)}
 
 
-def _choose(logits: Tensor, params: SamplingParams, seed: int, position: Tensor) -> Tensor:
+def choose(logits: Tensor, params: SamplingParams, seed: int, position: Tensor) -> Tensor:
+    """Ids [B] drawn from logits [B, V] by the definition."""
     key = {"seed": torch.full_like(position, seed), "position": position, "choice": torch.zeros_like(position)}
     with backend(sample="eager"):
         return ops.sample(logits, **_columns(params, len(logits)), **key).token
@@ -167,7 +168,7 @@ def main() -> None:
             places, different = places + found.places, different + found.different
             largest = max(largest, found.difference)
         kind = "greedy" if seed is None else "sampled"
-        print(f"{kind}: {different} of {places:,} choices differ (allowed {RATE}), logits by {largest:.2g} of the largest ({LARGEST})")
+        print(f"{kind}: {different} of {places:,} choices differ, allowed {RATE}; logits by {largest:.2g} of the largest, {LARGEST}")
         if different > max(1, RATE * places):
             raise SystemExit(1)
 

@@ -7,7 +7,7 @@ import gptfast.backend as backend
 from gptfast import packed, testing
 from gptfast.generation.cpp import CppRunner
 from gptfast.generation.parameters import SamplingParams
-from gptfast.testing.choices import GREEDY, SETTINGS, _choose, compare, eager_logits, margins, runner_logits, spread, texts_of
+from gptfast.testing.choices import GREEDY, SETTINGS, choose, compare, eager_logits, margins, runner_logits, spread, texts_of
 
 PROMPTS, NEW = 64, 64
 CONFIGS = {
@@ -24,7 +24,7 @@ def extension():
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("sampled", [False, True])
-def test_cpp_chooses_as_eager_does(name, sampled):
+def test_cppchooses_as_eager_does(name, sampled):
     model = spread(**CONFIGS[name])
     texts = texts_of(model, do_sample=sampled, seed=3 if sampled else None)
     assert len(texts) == PROMPTS and all(len(ids) == length + NEW for length, ids in texts)
@@ -87,7 +87,7 @@ def test_margins_are_those_at_which_choices_change(params):
     logits, position = torch.randn(400, 60) * 2, torch.arange(400)
     leads = margins(logits, params, 0, position)
     assert bool((leads >= 0).all()) and float(leads.median()) > 1e-3
-    before = _choose(logits, params, 0, position)
+    before = choose(logits, params, 0, position)
     step = torch.empty_like(logits).uniform_(-1, 1).sign()
-    assert torch.equal(_choose(logits + 0.49 * leads[:, None] * step, params, 0, position), before)
-    assert not torch.equal(_choose(logits + 50 * leads[:, None].clamp(max=0.2) * step, params, 0, position), before)
+    assert torch.equal(choose(logits + 0.49 * leads[:, None] * step, params, 0, position), before)
+    assert not torch.equal(choose(logits + 50 * leads[:, None].clamp(max=0.2) * step, params, 0, position), before)
