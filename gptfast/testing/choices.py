@@ -67,15 +67,15 @@ def compare(right: Tensor, found: Tensor, settings: tuple[SamplingParams, ...] =
     return Agreement(places, different, difference)
 
 
-def _columns(params: SamplingParams, rows: int) -> dict[str, Tensor]:
+def _columns(params: SamplingParams, rows: int) -> dict[str, Any]:
     numbers = {name: torch.full((rows,), float(getattr(params, name))) for name in ("temperature", "top_p", "min_p", "typical_p")}
     return {**numbers, "top_k": torch.full((rows,), params.top_k)}
 
 
 def choose(logits: Tensor, params: SamplingParams, seed: int, position: Tensor) -> Tensor:
     """Ids [B] drawn from logits [B, V] by the definition."""
-    key = {"seed": torch.full_like(position, seed), "position": position, "choice": torch.zeros_like(position)}
-    with backend(sample="eager"):
+    key: dict[str, Any] = {"seed": torch.full_like(position, seed), "position": position, "choice": torch.zeros_like(position)}
+    with backend.use(sample="eager"):
         return ops.sample(logits, **_columns(params, len(logits)), **key).token
 
 
@@ -127,7 +127,7 @@ def texts_of(model: GPT2LMHeadModel, prompts: int = 64, new: int = 64, **more: A
     for row, length in enumerate(lengths):
         mask[row, 60 - length :] = 1
         ids[row, 60 - length :] = torch.randint(0, model.config.vocab_size, (length,), generator=generator)
-    with backend("eager"):
+    with backend.use("eager"):
         out = model.generate(ids, attention_mask=mask, max_new_tokens=new, eos_token_id=-1, **more)
     assert isinstance(out, Tensor)
     return [(length, out[row, 60 - length :].tolist()) for row, length in enumerate(lengths)]
@@ -136,7 +136,7 @@ def texts_of(model: GPT2LMHeadModel, prompts: int = 64, new: int = 64, **more: A
 @torch.no_grad()
 def eager_logits(model: GPT2LMHeadModel, texts: Iterable[Text]) -> Tensor:
     """fp32 [new tokens of all texts, V] from which each new token is chosen, by PyTorch alone."""
-    with backend("eager"):
+    with backend.use("eager"):
         return torch.cat([model(torch.tensor([ids])).logits[0, length - 1 : -1] for length, ids in texts])
 
 
@@ -168,7 +168,8 @@ def main() -> None:
             places, different = places + found.places, different + found.different
             largest = max(largest, found.difference)
         kind = "greedy" if seed is None else "sampled"
-        print(f"{kind}: {different} of {places:,} choices differ, allowed {RATE}; logits by {largest:.2g} of the largest, {LARGEST}")
+        print(f"{kind}: {different} of {places:,} choices differ (allowed: {RATE} of them),", end=" ")
+        print(f"logits by {largest:.2g} of the largest (allowed: {LARGEST})")
         if different > max(1, RATE * places):
             raise SystemExit(1)
 
