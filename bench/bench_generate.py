@@ -172,8 +172,9 @@ def group(place: Path, size: str, regime: str, form: str, rounds: int, only: str
 
 def names(regime: str) -> list[tuple[str, str]]:
     """Libraries and modes that may have a row in a regime's tables."""
-    kinds = [mode for mode in MODES if mode == "fixed" or mode in cases.REGIMES[regime].modes]
-    return [(name, mode) for name in NAMES for mode in kinds if mode != "fixed" or name == "llama.cpp"]
+    modes = cases.REGIMES[regime].modes
+    alone = ("llama.cpp", "gptfast") if "sampled" in modes else ("llama.cpp",)
+    return [(name, mode) for name in NAMES for mode in MODES if mode in modes or (mode == "fixed" and name in alone)]
 
 
 ROWS = [
@@ -326,6 +327,8 @@ def _goals(tables: dict[tuple[str, str], Group]) -> Iterator[tuple[str, float | 
         ratios = table.ratios(own[form], lambda name, table=table: table.tasks[name].first) if own[form] in table.rows else {}
         yield f"prefill of 896 {form} vs {peer}", ratios.get(peer), least
     for form in cases.FORMATS:
+        alone = f"{own[form]} evaluation"
+        yield f"{form} without a sampler / greedy", row("decode", form, own[form]).get("vs", {}).get(alone), 0.98
         yield f"{form} greedy / sampled", row("decode", form, f"{own[form]} sampled").get("vs", {}).get(own[form]), 0.98
         short, long = row("decode", form, own[form]), row("context", form, own[form])
         if not short or not long:

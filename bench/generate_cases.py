@@ -128,8 +128,9 @@ def candidates(regime: str, form: str) -> list[Candidate]:
 
 
 def modes(candidate: Candidate, regime: Regime) -> tuple[str, ...]:
-    """llama.cpp's "fixed" is evaluation alone, without a sampler."""
-    return ("fixed", *regime.modes) if candidate.kind == "llama_cpp" else regime.modes
+    """"fixed" is evaluation alone, without a sampler: llama.cpp's, and beside sampling our own."""
+    alone = candidate.kind == "llama_cpp" or (candidate.kind == "gptfast" and "sampled" in regime.modes)
+    return ("fixed", *regime.modes) if alone else regime.modes
 
 
 def label(candidate: Candidate, mode: str) -> str:

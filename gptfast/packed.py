@@ -142,10 +142,11 @@ def config_of(model: str | Path) -> GPT2Config:
     return open(model).config if is_packed(model) else hub.load_config(hub.resolve(model))
 
 
-def open(path: str | Path, source: str | None = None) -> Packed:
+def open(path: str | Path, source: str | None = None, dtype: str | None = None) -> Packed:
     """Maps a packed file and checks all of it but the payload's hash; with `source` also what it was made from.
 
-    Raises gptfast.LoadError in one line for a file that is none, is cut, damaged, of another version or of other weights.
+    Raises gptfast.LoadError in one line for a file that is none, is cut, damaged, of another version or of other weights, and
+    gptfast.Error where it holds another dtype than is asked for.
     """
     path = Path(path)
     try:
@@ -158,14 +159,16 @@ def open(path: str | Path, source: str | None = None) -> Packed:
         raise LoadError(f"packed file {path}: {error.strerror or error}") from None
     if source is not None and header.get("source") != source:
         raise LoadError(f"packed file {path}: it was made from other weights")
-    config, dtype, entries, places = _read_tables(path, header, payload)
+    config, held, entries, places = _read_tables(path, header, payload)
+    if dtype not in (None, held):
+        raise Error(f"dtype is {dtype!r}, and the packed file {path} holds {held}")
     view = torch.frombuffer(whole, dtype=torch.uint8)[start : start + payload]
     tensors = {}
     for name, entry in entries.items():
         piece = view[entry.offset : entry.offset + entry.bytes]
         tensors[name] = piece if is_matrix(name) else piece.view(torch.float32).view(entry.shape)
     files = {name: bytes(whole[start + offset : start + offset + size]) for name, (offset, size) in places.items()}
-    return Packed(path, config, dtype, tensors, entries, files, str(header.get("source")), str(header["payload_sha256"]))
+    return Packed(path, config, held, tensors, entries, files, str(header.get("source")), str(header["payload_sha256"]))
 
 
 def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int, int]:

@@ -29,10 +29,7 @@ def cached(model: str | Path, dtype: str) -> Packed:
     dtype must be `dtype`. Raises gptfast.LoadError for what cannot be read.
     """
     if packed.is_packed(model):
-        found = packed.open(model)
-        if found.dtype != dtype:
-            raise Error(f"dtype is {dtype!r}, and the packed file {model} holds {found.dtype}")
-        return found
+        return packed.open(model, dtype=dtype)
     if dtype not in DTYPES:
         raise Error(f"dtype is {dtype!r}; allowed in a packed file: {', '.join(DTYPES)}")
     folder = hub.resolve(model)

@@ -1,9 +1,11 @@
-"""Fixtures that tests share and that are no part of the package: the shim, which executes CUDA kernels on the CPU."""
+"""Fixtures that tests share and that are no part of the package: the shim, which executes CUDA kernels on the CPU, and the command
+line, run in this process."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -28,3 +30,16 @@ def shim() -> ModuleType:
     harness = _harness()
     testing.requires("cuda-emulated", harness.missing())
     return harness
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """run("score", folder, ...) -> (exit code, stdout, stderr) of the gptfast command."""
+    from gptfast import cli
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return call

@@ -16,22 +16,12 @@ import pytest
 import torch
 
 import gptfast
-from gptfast import benchmark, cli, packed
+from gptfast import benchmark, packed
 from gptfast.commands import chat, speed
 from gptfast.generation.loading import cpp_reason
 
 Run = Callable[..., tuple[int, str, str]]
 FORMATS = ["fp32", "bf16", "int8", "int4"]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = cli.main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +106,89 @@ def test_the_answers_of_a_stream_are_those_of_generate(run: Run, model: Path) ->
     assert [len(answer["top_logprobs"]) for answer in found] == [len(answer.token_ids) for answer in wanted]
 
 
+# ------------------------------------------------------------------------------------ speculation, beams, log-probabilities
+
+
+def test_speculation_changes_no_text(run: Run, model: Path) -> None:
+    arguments = ("the cat sat on the cat sat on", "--max-tokens", "12", "--seed", "3", "--ignore-eos", "--device", "cpu")
+    plain = run("generate", model, *arguments)[1]
+    for speculation in ("lookup", model):
+        code, out, err = run("generate", model, *arguments, "--speculation", speculation)
+        assert (code, out) == (0, plain), err
+    code, _, err = run("generate", model, "the", "--speculation", "/not/there")
+    assert code == 2 and "/not/there" in err and err.count("gptfast: error") == 1
+
+
+def test_chat_speculates_too(run: Run, model: Path, typed: Callable[..., None]) -> None:
+    arguments = ("--max-tokens", "6", "--seed", "7", "--ignore-eos", "--device", "cpu")
+    typed("the cat sat on the cat", "")
+    plain = run("chat", model, *arguments)[1]
+    typed("the cat sat on the cat", "")
+    assert run("chat", model, *arguments, "--speculation", "lookup")[:2] == (0, plain)
+
+
+def test_beams(run: Run, model: Path) -> None:
+    arguments = ("the cat", "--max-tokens", "5", "--ignore-eos", "--device", "cpu", "--num-beams", "4", "--length-penalty", "0.5")
+    code, out, err = run("generate", model, *arguments, "--n", "3", "--json")
+    found = json.loads(out)["completions"]
+    assert code == 0, err
+    with gptfast.Engine(model, device="cpu") as engine:
+        params = gptfast.SamplingParams(max_tokens=5, n=3, ignore_eos=True)
+        wanted = engine.beam_search("the cat", 4, params, length_penalty=0.5)
+    assert [(a["token_ids"], a["score"]) for a in found] == [(a.token_ids, a.score) for a in wanted]
+    _, out, err = run("generate", model, *arguments, "--early-stopping", "never")
+    assert out.startswith(f"--- 0 score {wanted[0].score:.4f}\n") and "seed" not in err and "5 tokens in " in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--num-beams", "2", "--temperature", "1"), "--temperature does nothing with --num-beams 2"),
+        (("--num-beams", "2", "--stop", "x"), "--stop does nothing with --num-beams 2"),
+        (("--num-beams", "2", "--n", "3"), "3 answers from num_beams=2"),
+        (("--num-beams", "2", "--speculation", "lookup"), "--num-beams draws nothing"),
+        (("--length-penalty", "2"), "it goes with --num-beams of 2 or more"), (("--num-beams", "0"), "--num-beams is 0"),
+        (("--num-beams", "2", "--early-stopping", "soon"), "--early-stopping is 'soon'; allowed: false, true, never"),
+    ],
+)
+def test_beams_that_are_refused(run: Run, model: Path, arguments: tuple[str, ...], message: str) -> None:
+    code, out, err = run("generate", model, "the", *arguments)
+    assert (code, out) == (2, "") and message in err.splitlines()[-1] and err.count("gptfast: error") == 1
+
+
+def test_log_probabilities_are_printed(run: Run, model: Path) -> None:
+    arguments = ("the cat", "--max-tokens", "3", "--ignore-eos", "--seed", "1", "--logprobs", "2")
+    found = json.loads(run("generate", model, *arguments, "--json")[1])["completions"][0]
+    text, _, table = run("generate", model, *arguments)[1].partition("      log P  token\n")
+    assert text == found["text"] + "\n" and len(table.splitlines()) == 3
+    for line, value, top in zip(table.splitlines(), found["logprobs"], found["top_logprobs"], strict=True):
+        assert line.split()[0] == f"{value:.4f}" and all(f" {other:.4f}" in line.partition("of ")[2] for other in top.values())
+    assert "log P" not in run("generate", model, "the cat", "--max-tokens", "3")[1]
+
+
+def test_stops_and_allowed_tokens(run: Run, model: Path) -> None:
+    arguments = ("the cat", "--max-tokens", "9", "--ignore-eos", "--seed", "1", "--json")
+    free = json.loads(run("generate", model, *arguments)[1])["completions"][0]
+    stopped = json.loads(run("generate", model, *arguments, "--stop", free["text"][3:5])[1])["completions"][0]
+    assert stopped["finish_reason"] == "stop" and free["text"].startswith(stopped["text"]) and len(stopped["text"]) <= 3
+    only = ("--allowed-tokens", "5", "--allowed-tokens", "7", "--banned-tokens", "7")
+    assert set(json.loads(run("generate", model, *arguments, *only)[1])["completions"][0]["token_ids"]) == {5}
+
+
 # ------------------------------------------------------------------------------------------------------------------ packed files
+
+
+@pytest.mark.parametrize("damage", ["truncated", "version", "weights"])
+def test_a_bad_packed_file_is_one_line(run: Run, model: Path, tmp_path: Path, damage: str) -> None:
+    good = packed.write(model, "fp32", tmp_path / "good.gptfast").read_bytes()
+    torch.manual_seed(1)
+    other = packed.write(gptfast.GPT2LMHeadModel(packed.config_of(model)), "fp32", tmp_path / "other.gptfast").read_bytes()
+    bad = {"truncated": good[:-5000], "version": good[:8] + b"\7" + good[9:], "weights": good[:-40] + other[-40:]}[damage]
+    message = {"truncated": "truncated", "version": "version 7", "weights": "name different weights"}[damage]
+    (tmp_path / "bad.gptfast").write_bytes(bad)
+    for command in (("generate", "the"), ("score", "the"), ("evaluate", "--data", tmp_path / "x.txt"), ("chat",)):
+        code, out, err = run(command[0], tmp_path / "bad.gptfast", *command[1:])
+        assert (code, out) == (2, "") and "bad.gptfast" in err and message in err.splitlines()[-1] and "Traceback" not in err
 
 
 def test_a_packed_file_is_a_model(run: Run, model: Path, file: tuple[str, Path], tmp_path: Path) -> None:

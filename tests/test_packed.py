@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from gptfast import Error, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, LoadError, packed, packed_cache
+from gptfast import Engine, Error, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, LoadError, packed, packed_cache
 from gptfast.packed_layout import is_by_rows, is_matrix
 
 PREFIX = struct.Struct("<8sIQ32s")
@@ -152,7 +152,7 @@ def test_bytes_of_a_token() -> None:
 
 
 def refused(path: Path, *words: str) -> None:
-    for read in (packed.open, packed.verify, GPT2Tokenizer.from_pretrained, GPT2LMHeadModel.from_pretrained):
+    for read in (packed.open, packed.verify, GPT2Tokenizer.from_pretrained, GPT2LMHeadModel.from_pretrained, Engine):
         with pytest.raises(LoadError) as caught:
             read(path)
         assert all(word in str(caught.value) for word in (path.name, *words)) and "\n" not in str(caught.value), caught.value

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from gptfast.commands import RUN, Common, Model, command, note, running
-from gptfast.commands.run import open_engine, with_seed
+from gptfast.commands.run import SPECULATIVE, open_engine, with_seed
 from gptfast.errors import Error
 from gptfast.generation.parameters import SamplingParams
 from gptfast.options import keys
@@ -87,13 +87,14 @@ def lines() -> Iterator[str]:
             note(f"gptfast: error: the line is not UTF-8 (byte {error.start})")
 
 
-@command(RUN, "device dtype threads backend", Sampling=keys(SamplingParams))
+@command(RUN, "device dtype threads backend", Sampling=keys(SamplingParams), Speculation=SPECULATIVE)
 def chat(model: Model, common: Common, given: dict[str, Any]) -> dict[str, Any]:
     """Type text and let a base model continue it, line by line: it plays no role and follows no instructions."""
+    speculation = given.pop("speculation", None)
     params = with_seed(SamplingParams(**given))
     if params.n != 1:
         raise Error(f"--n is {params.n}; chat has one answer to a line")
-    with running(common) as device, open_engine(model, common, device) as engine:
+    with running(common) as device, open_engine(model, common, device, speculation) as engine:
         session = Session(engine, model, params)
         note(f"seed {params.seed}\n{BANNER.format(model=model)}")
         for line in lines():

@@ -27,7 +27,30 @@ class Windows:
     stride: int | None = option(None, "tokens between two windows of a long text (default: half the context)", low=1)
 
 
-WINDOWS = keys(Windows)
+@dataclasses.dataclass
+class Speculative:
+    """Speculation: proposals that one step of the model checks."""
+
+    speculation: str | None = option(
+        None, "lookup (proposes what followed the same words before) or a smaller MODEL that proposes: the text stays the same"
+    )
+
+
+@dataclasses.dataclass
+class Beams:
+    """Beam search, which draws nothing."""
+
+    num_beams: int = option(1, "with more than 1 the most probable answers found by beam search, --n of them", low=1, high=1024)
+    length_penalty: float = option(1.0, "beams are compared by log P / length to this power")
+    early_stopping: str = option(
+        "false", "true: end with as many answers as beams; false: when none can be beaten now, never: at any length",
+        choices=("false", "true", "never"),
+    )
+
+
+WINDOWS, SPECULATIVE, BEAMS = keys(Windows), keys(Speculative), keys(Beams)
+# what no beam looks at
+DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "order", "logprobs_mode", "logprobs", "stop")
 
 
 def _standard_input() -> str:
@@ -62,16 +85,16 @@ def dtype_of(model: str, common: Common) -> str:
     return common.dtype or (packed.open(model).dtype if packed.is_packed(model) else "fp32")
 
 
-def open_engine(model: str, common: Common, device: str) -> Engine:
+def open_engine(model: str, common: Common, device: str, speculation: str | None = None) -> Engine:
     """The engine that --dtype and --threads ask for, on the device that running() gave; says which it is."""
     from gptfast.generation import Engine
 
-    engine = Engine(model, dtype_of(model, common), common.threads, device=device)
+    engine = Engine(model, dtype_of(model, common), common.threads, device=device, speculation=speculation)
     note(f"engine: {engine.describe()}")
     return engine
 
 
-@command(RUN, "device dtype threads backend", Sampling=keys(SamplingParams))
+@command(RUN, "device dtype threads backend", Sampling=keys(SamplingParams), Speculation=SPECULATIVE, Beam_search=BEAMS)
 def generate(
     model: Model,
     common: Common,
@@ -84,14 +107,22 @@ def generate(
 
     At the end it says on standard error how fast it was, and what part of the memory's speed that is.
     """
+    beams, speculation = _beams(given), given.pop("speculation", None)
     params = with_seed(SamplingParams(**given))
     text = _standard_input() if prompt == "-" else prompt or ""
-    streaming = params.n == 1 and not common.json
+    streaming = params.n == 1 and beams is None and not common.json
+    if beams is not None and speculation is not None:
+        raise Error("--speculation proposes what may be drawn, and --num-beams draws nothing; use one of them")
     with running(common) as device:
-        with open_engine(model, common, device) as engine:
-            note(f"seed {params.seed}")
+        with open_engine(model, common, device, speculation) as engine:
             clock = speed.Clock()
-            answers = _stream(engine, text, params, clock, streaming)
+            if beams is None:
+                note(f"seed {params.seed}")
+                answers = _stream(engine, text, params, clock, streaming)
+            else:
+                answers = engine.beam_search([text], params=params, **beams)
+            if not common.json and not all(answer.error for answer in answers):
+                _print_answers(answers, engine, streaming, params.logprobs is not None)
         facts = clock.pace()
         alone = facts["ms_per_token"] if params.n == 1 else None  # several answers share a read of the weights
         facts |= speed.memory_limit(model, dtype_of(model, common), device, alone)
@@ -99,11 +130,43 @@ def generate(
     note(speed.line(sum(len(answer.token_ids) for answer in answers), ends, facts))
     if all(answer.error for answer in answers):
         raise Error(f"model {model}: {answers[0].error}")
-    if not common.json and not streaming:
-        for answer in answers:
-            print(f"--- {answer.index}{f': {answer.error}' if answer.error else ''}\n{answer.text}")
     completions = [dataclasses.asdict(answer) for answer in answers]
     return {"model": model, "prompt": text, "seed": params.seed, "completions": completions, "speed": facts}
+
+
+def _beams(given: dict[str, Any]) -> dict[str, Any] | None:
+    """Engine.beam_search's arguments, taken out of what was given; None where there is one beam. Raises gptfast.Error for an option
+    that would then do nothing."""
+    own = {name: given.pop(name) for name in BEAMS if name in given}
+    if own.get("num_beams", 1) == 1:
+        for name in own.keys() - {"num_beams"}:
+            raise Error(f"--{name.replace('_', '-')} is for beam search; it goes with --num-beams of 2 or more")
+        return None
+    for name in DRAWING:
+        if name in given:
+            raise Error(f"--{name.replace('_', '-')} does nothing with --num-beams {own['num_beams']}; leave one of them out")
+    stopping = {"true": True, "false": False}
+    chosen = own.get("early_stopping", "false")
+    return {**own, "early_stopping": stopping.get(chosen, chosen)}
+
+
+def _print_answers(answers: list[Completion], engine: Engine, streamed: bool, logprobs: bool) -> None:
+    """The answers' texts, but for one that was streamed, and with --logprobs a line for each token."""
+    for answer in answers:
+        if not streamed:
+            facts = f" score {answer.score:.4f}" if answer.score is not None else ""
+            print(f"--- {answer.index}{facts}{f': {answer.error}' if answer.error else ''}\n{answer.text}")
+        if not logprobs:
+            continue
+        print("      log P  token")
+        for i, (token, value) in enumerate(zip(answer.token_ids, answer.logprobs, strict=True)):
+            others = (answer.top_logprobs[i] if answer.top_logprobs else {}).items()
+            beside = "  ".join(f"{_shown(engine, other)} {least:.4f}" for other, least in others)
+            print(f"{value:11.4f}  {_shown(engine, token)}{f'   of {beside}' if beside else ''}")
+
+
+def _shown(engine: Engine, token: int) -> str:
+    return repr(engine.tokenizer.token_bytes(token).decode("utf-8", "backslashreplace"))
 
 
 def _stream(engine: Engine, text: str, params: SamplingParams, clock: speed.Clock, show: bool) -> list[Completion]:

@@ -9,14 +9,16 @@ False, but divided for the greatest possible length where length_penalty > 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from gptfast.generation.loop import evaluating, prefill
+from gptfast.errors import Error
+from gptfast.generation.loop import prefill
 from gptfast.generation.rows import Constraints, Row
 from gptfast.ops.sample import penalised
 
@@ -28,7 +30,8 @@ NEVER = -1e9  # the score of a beam that does not exist
 
 @dataclass
 class Hypothesis:
-    """A finished continuation: its score, its ids with the end, and why it ended ("stop" or "length")."""
+    """A finished continuation: its score, its ids with the end, and why it ended ("stop" or "length"; "error" where the logits held
+    NaN, for its whole prompt)."""
 
     score: float
     tokens: list[int]
@@ -48,11 +51,63 @@ class _Item:
 
 @dataclass(frozen=True)
 class BeamSettings:
-    """num_beams, length_penalty and early_stopping (True, False or "never") as transformers names them."""
+    """num_beams, length_penalty and early_stopping (True, False or "never") as transformers names them. Raises gptfast.Error for
+    what is none of these."""
 
     num_beams: int
     length_penalty: float = 1.0
     early_stopping: bool | str = False
+
+    def __post_init__(self) -> None:
+        beams, penalty = self.num_beams, self.length_penalty
+        if isinstance(beams, bool) or not isinstance(beams, int) or beams < 1:
+            raise Error(f"num_beams is {beams!r}; allowed: a whole number of at least 1")
+        if isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or not abs(penalty) < float("inf"):
+            raise Error(f"length_penalty is {penalty!r}; allowed: a finite number")
+        if self.early_stopping not in (True, False, "never"):
+            raise Error(f"early_stopping is {self.early_stopping!r}; allowed: True, False, 'never'")
+
+    def check(self, rows: Sequence[Row], returned: int) -> None:
+        """Raises gptfast.Error for rows that beams cannot continue, and where more are to be returned than there are beams."""
+        if returned > self.num_beams:
+            raise Error(f"{returned} answers from num_beams={self.num_beams}; allowed: 1 to num_beams")
+        for row in rows:
+            if row.params.stop:
+                raise Error(f"stop texts with num_beams={self.num_beams} are not supported; use stop ids or one beam")
+            if row.limit < 1:
+                raise Error(f"a prompt of {row.start:,} tokens and {row.limit} new ones; beam search needs room for one more")
+
+
+class Source(Protocol):
+    """What beams are continued by; it keeps their keys and values."""
+
+    def start(self, rows: Sequence[Row], beams: int) -> Tensor:
+        """Runs the rows' prompts: logits [rows * beams, V] behind them, each prompt's `beams` times."""
+
+    def advance(self, parents: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """Beam i goes on from what was beam parents[i], with tokens[i]: its logits [beams, V]."""
+
+
+class ModelBeams:
+    """Beams continued by model.py; `embeds` in place of prompts' tokens."""
+
+    def __init__(self, model: GPT2LMHeadModel, embeds: Sequence[Tensor] | None = None) -> None:
+        self.model, self.embeds = model, embeds
+        self._cache: Any = None
+
+    def start(self, rows: Sequence[Row], beams: int) -> Tensor:
+        """One pass over all prompts."""
+        logits, self._cache = prefill(self.model, [row.prompt for row in rows], self.embeds)
+        parents = [i for i in range(len(rows)) for _ in range(beams)]
+        self._cache.reorder_(parents)
+        return logits[torch.tensor(parents, device=logits.device)]
+
+    def advance(self, parents: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """One pass over the new tokens."""
+        self._cache.reorder_(parents)
+        ids = torch.tensor(tokens, device=self.model.device)[:, None]
+        logits: Tensor = self.model(ids, past_key_values=self._cache, use_cache=True).logits[:, -1]
+        return logits
 
 
 def _branch(row: Row, tokens: list[int]) -> Row:
@@ -94,30 +149,27 @@ def _finished(item: _Item, length: int, settings: BeamSettings) -> bool:
 
 
 @torch.no_grad()
-def beam_search(
-    model: GPT2LMHeadModel, rows: Sequence[Row], settings: BeamSettings, embeds: Sequence[Tensor] | None = None
-) -> list[list[Hypothesis]]:
+def beam_search(source: Source, rows: Sequence[Row], settings: BeamSettings) -> list[list[Hypothesis]]:
     """The num_beams best continuations of each row's prompt, best first. Each row gives its prompt, limit, ends and penalties."""
     items = [_Item(row, [_branch(row, [])] * settings.num_beams, [0.0] + [NEVER] * (settings.num_beams - 1)) for row in rows]
-    with evaluating(model):
-        logits, cache = prefill(model, [row.prompt for row in rows], embeds)
-        parents = [i for i in range(len(rows)) for _ in range(settings.num_beams)]
-        logits = logits[torch.tensor(parents, device=logits.device)]
-        cache.reorder_(parents)
-        alive = items
-        while True:
-            best, index = _continuations(alive, logits, settings)
-            parents = []
-            for n, item in enumerate(alive):
-                origins = _advance(item, best[n], index[n], logits.shape[1], settings)
-                if not item.done:
-                    parents += [n * settings.num_beams + origin for origin in origins]
-            alive = [item for item in alive if not item.done]
-            if not alive:
-                return [item.hypotheses for item in items]
-            cache.reorder_(parents)
-            tokens = torch.tensor([[row.tokens[-1]] for item in alive for row in item.rows], device=logits.device)
-            logits = model(tokens, past_key_values=cache, use_cache=True).logits[:, -1]
+    logits = source.start(rows, settings.num_beams)
+    alive = items
+    while True:
+        best, index = _continuations(alive, logits, settings)
+        parents = []
+        failed = logits.reshape(len(alive), -1).isnan().any(1).tolist()
+        for n, item in enumerate(alive):
+            if failed[n]:
+                item.hypotheses = [Hypothesis(-math.inf, item.rows[0].tokens, "error")] * settings.num_beams
+                item.done = True
+                continue
+            origins = _advance(item, best[n], index[n], logits.shape[1], settings)
+            if not item.done:
+                parents += [n * settings.num_beams + origin for origin in origins]
+        alive = [item for item in alive if not item.done]
+        if not alive:
+            return [item.hypotheses for item in items]
+        logits = source.advance(parents, [row.tokens[-1] for item in alive for row in item.rows])
 
 
 def _continuations(items: list[_Item], logits: Tensor, settings: BeamSettings) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from gptfast.config import GPT2Config
 from gptfast.errors import Error
 from gptfast.generation.rows import Drawn, Row, Sampler
-from gptfast.generation.runner import Batch
+from gptfast.generation.runner import Batch, Interrupted
 from gptfast.ops.sample import ORDERS
 
 PARAMETERS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "choice", "position")
@@ -65,10 +65,14 @@ class CppRunner:
         except (ValueError, RuntimeError) as error:
             raise Error(f"the C++ engine cannot run these weights: {_line(error)}") from None
         self.vocab, self.context, self.pages = config.real_vocabulary, config.n_positions, pages
+        self._width = config.n_embd
         self._sampler: tuple[list[tuple[Row, int]], Sampler] | None = None
 
     def step(self, batch: Batch) -> Drawn:
-        """One pass over all new tokens, and the draws; parameters that kernels do not have are applied to the logits in PyTorch."""
+        """One pass over all new tokens, and the draws; parameters that kernels do not have are applied to the logits in PyTorch.
+
+        Ctrl-C ends a pass over prompts after the block of the model that it is at, if this is the main thread.
+        """
         if batch.targets is not None:
             targets = torch.tensor([token for tokens in batch.targets for token in tokens], dtype=torch.int64)
             out = _results(1, len(targets), 0)
@@ -82,13 +86,17 @@ class CppRunner:
         sampler = self._sampler_of(rows)
         group = _kernel_group(sampler)
         if group is None:
-            logits = torch.empty(len(rows), self.vocab)
-            self._step(batch, {"logits": logits}, 0)
-            return sampler.draw(logits)
+            return sampler.draw(self.logits(batch))
         out = _results(1, len(rows), group.top_n)
         self._step(batch, {**out, **_parameters(group)}, group.top_n)
         group.position += 1
         return _drawn(out, 0)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """The pass of step() without draws: fp32 [draws, vocab]."""
+        logits = torch.empty(sum(batch.draws), self.vocab)
+        self._step(batch, {"logits": logits}, 0)
+        return logits
 
     def decode(self, batch: Batch, steps: int) -> list[Drawn]:
         """Up to `steps` single-token steps in one call; Ctrl-C ends it after the token it is at, if this is the main thread."""
@@ -99,18 +107,27 @@ class CppRunner:
             return [self.step(batch)]
         out = _results(steps, len(rows), group.top_n)
         stops = [list(row.stop_ids) for row, _ in rows]
-        main = threading.current_thread() is threading.main_thread()
-        done = self._call("decode", *_tensors(batch), {**out, **_parameters(group)}, group.top_n, steps, stops, main)
+        done = self._call("decode", *_tensors(batch), {**out, **_parameters(group)}, group.top_n, steps, stops, _on_main_thread())
         group.position += done
         self._sampler = ([(row, place + done - 1) for row, place in rows], sampler)
         return [_drawn(out, i) for i in range(done)]
+
+    def evaluate(self, batch: Batch, steps: int) -> None:
+        """What decode() does but for the draws, the same tokens again in every step: to see what drawing costs."""
+        self._call("decode", *_tensors(batch), {}, 0, steps, [[] for _ in batch.tokens], False)
+
+    def embedding(self, token: int, position: int) -> Tensor:
+        """fp32 [C]: a token's row of the packed table, unpacked, and its position's."""
+        y = torch.empty(self._width)
+        self._call("embed", token, position, y)
+        return y
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies pages of all layers."""
         self._call("copy_pages", list(pairs))
 
     def interrupt(self) -> None:
-        """Ends a decode() that is running, after the token it is at. From any thread."""
+        """Ends a decode() that is running after the token it is at, a step() over prompts after the block. From any thread."""
         if self._engine is not None:
             self._engine.interrupt()
 
@@ -119,7 +136,8 @@ class CppRunner:
         self._engine = None
 
     def _step(self, batch: Batch, tensors: dict[str, Tensor | None], top_n: int) -> None:
-        self._call("step", *_tensors(batch), tensors, top_n)
+        if not self._call("step", *_tensors(batch), tensors, top_n, _on_main_thread()):
+            raise Interrupted
 
     def _call(self, method: str, *arguments: Any) -> Any:
         if self._engine is None:
@@ -167,6 +185,11 @@ SHAPE = (
     "vocab_size", "real_vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function",
     "layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings",
 )  # fmt: skip
+
+
+def _on_main_thread() -> bool:
+    """Whether this is where Python's signal handlers run."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def _line(error: Exception) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gptfast.errors import Error
+from gptfast.generation.beam import BeamSettings, Hypothesis
 from gptfast.generation.generate import fresh_seeds
 from gptfast.generation.loading import DTYPES, Loaded, load
 from gptfast.generation.loop import check_prompt
@@ -22,6 +23,7 @@ from gptfast.generation.score import Score, scheduled_logprobs, summed, token_lo
 from gptfast.generation.speculation import DraftModel, PromptLookup, Speculation
 from gptfast.generation.stream import TextStream
 from gptfast.model import GPT2LMHeadModel
+from gptfast.tokenizer import GPT2Tokenizer
 
 Prompt = str | Sequence[int]
 
@@ -33,7 +35,7 @@ class Completion:
     text: without the stop string or end token that ended it; token_ids: all drawn ids, a stop id included; logprobs: one a token;
     top_logprobs: {id: logprob} a token, where asked for; finish_reason: "stop", "length", "cancelled", "error" (its line in
     `error`), and None for a piece that is not the last; seed: repeats the answer; index: which of the n choices; prompt: which of
-    the prompts.
+    the prompts; score: of beam search, which gives no logprobs.
     """
 
     text: str
@@ -46,6 +48,7 @@ class Completion:
     prompt_tokens: int = 0
     top_logprobs: list[dict[int, float]] | None = None
     error: str | None = None
+    score: float | None = None
 
 
 class Engine:
@@ -160,6 +163,29 @@ class Engine:
         finally:
             scheduler.abandon([request])
 
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], num_beams: int, params: SamplingParams | None = None, *,
+        length_penalty: float = 1.0, early_stopping: bool | str = False,
+    ) -> list[Completion]:
+        """The params.n most probable answers to each prompt, best first, as beam search finds them with transformers' semantics.
+
+        Nothing is drawn: of `params` temperature, filters, seed and order play no part. Hypotheses are compared by their summed
+        log-probability / length ** length_penalty, which is the answer's `score`. early_stopping: True ends with num_beams answers,
+        False when the best beam cannot beat them now, "never" when it cannot at any length. For when nothing else runs. Raises
+        gptfast.Error for n above num_beams, stop texts, logprobs, a prompt that fills the context, and where pages do not suffice.
+        """
+        settings, params = BeamSettings(num_beams, length_penalty, early_stopping), params or SamplingParams()
+        if params.logprobs is not None:
+            raise Error(f"logprobs is {params.logprobs}; beam search gives scores of whole answers")
+        texts: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+        rows = [self._rows(text, params)[0] for text in texts]
+        settings.check(rows, params.n)
+        answers = []
+        for number, found in enumerate(self._scheduler.beams(rows, settings) if rows else []):
+            for index, hypothesis in enumerate(found[: params.n]):
+                answers.append(_hypothesis(hypothesis, rows[number], self.tokenizer, index, number))
+        return answers
+
     def score(self, text: str, stride: int | None = None, bos: bool = True) -> Score:
         """log P of a text: of every token, in total and as bits per byte. `stride`: of the windows of a text longer than the
         context (default context / 2). The first token is given <|endoftext|>; without `bos` it has no score."""
@@ -211,6 +237,15 @@ def _piece(row: Row) -> Completion:
     top = row.top_logprobs[new] if row.params.logprobs else None
     return Completion(
         row.piece, row.tokens[new], row.logprobs[new], row.finish_reason, row.seed, row.choice, 0, row.start, top, row.error
+    )
+
+
+def _hypothesis(found: Hypothesis, row: Row, tokenizer: GPT2Tokenizer, index: int, prompt: int) -> Completion:
+    stream = TextStream(tokenizer.token_bytes)
+    text = "".join(stream.push(token) for token in found.tokens if token not in row.stop_ids) + stream.finish()
+    error = "numerical error: the logits hold NaN" if found.finish_reason == "error" else None
+    return Completion(
+        text, found.tokens, [], found.finish_reason, row.seed, index, prompt, row.start, error=error, score=found.score
     )
 
 

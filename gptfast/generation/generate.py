@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from gptfast.errors import Error
-from gptfast.generation.beam import BeamSettings, Hypothesis, beam_search
-from gptfast.generation.loop import check_prompt, decode
+from gptfast.generation.beam import BeamSettings, Hypothesis, ModelBeams, beam_search
+from gptfast.generation.loop import check_prompt, decode, evaluating
 from gptfast.generation.parameters import SamplingParams
 from gptfast.generation.rows import Row, int64
 from gptfast.generation.stream import TextStream
@@ -195,7 +195,9 @@ def generate(
     right with pad_token_id after an end, or GenerateOutput with return_dict_in_generate=True.
     Beyond Hugging Face: `seed` (one for all rows: equal prompts get equal answers, num_return_sequences gives different ones;
     default: a random one per row from torch's generator) and `logprobs` (how many of the largest to return with each token).
-    A row ends with "length" at the model's context; generation never slides. Raises gptfast.Error for a prompt longer than the
+    A row ends with "length" at the model's context; generation never slides. It runs on the parameters that the model has now, in
+    PyTorch: the C++ engine reads packed copies, which would be out of date after the next training step; for speed open an Engine.
+    Raises gptfast.Error for a prompt longer than the
     context, for an argument that is not supported, and for a value that is not allowed, each by name.
     """
     settings = _resolve(model, generation_config, arguments)
@@ -280,19 +282,14 @@ def _beams(
     model: GPT2LMHeadModel, rows: list[Row], settings: Mapping[str, Any], beams: int, copies: int, embeds: list[Tensor] | None,
     ids: Tensor, pad: int,
 ) -> GenerateOutput:
-    stopping, penalty = settings["early_stopping"], settings["length_penalty"]
-    if stopping not in (True, False, "never"):
-        raise Error(f"early_stopping is {stopping!r}; allowed: True, False, 'never'")
-    if not isinstance(penalty, (int, float)) or not abs(penalty) < float("inf"):
-        raise Error(f"length_penalty is {penalty!r}; allowed: a finite number")
+    chosen = BeamSettings(beams, settings["length_penalty"], settings["early_stopping"])
     if copies > beams:
         raise Error(f"num_return_sequences is {copies}; allowed: 1 to num_beams, which is {beams}")
     if rows[0].params.stop:
         raise Error(f"stop_strings with num_beams={beams} are not supported; use stop ids or one beam")
-    for row in rows:
-        if row.limit < 1:
-            raise Error(f"prompt has {row.start:,} tokens and fills the model's context; beam search needs room for one more")
-    found = beam_search(model, rows, BeamSettings(beams, float(penalty), stopping), embeds)
+    chosen.check(rows, copies)
+    with evaluating(model):
+        found = beam_search(ModelBeams(model, embeds), rows, chosen)
     best: list[Hypothesis] = [hypothesis for each in found for hypothesis in each[:copies]]
     sequences = _pad([h.tokens for h in best], ids.repeat_interleave(copies, 0), pad)
     scores = torch.tensor([h.score for h in best], device=ids.device)

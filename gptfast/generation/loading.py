@@ -68,16 +68,14 @@ def load(path: str | Path, dtype: str | None, threads: int | None, device: str, 
 
     Raises gptfast.LoadError for what cannot be read and gptfast.Error for a dtype that cannot be run here.
     """
-    file = packed.open(path) if packed.is_packed(path) else None
+    file = packed.open(path, dtype=dtype) if packed.is_packed(path) else None
     dtype = dtype or ("fp32" if file is None else file.dtype)
     if dtype not in DTYPES and dtype not in packed.DTYPES:
         raise Error(f"dtype is {dtype!r}; allowed: {', '.join(dict.fromkeys((*DTYPES, *packed.DTYPES)))}")
-    if file is not None and dtype != file.dtype:
-        raise Error(f"dtype is {dtype!r}, and the packed file {path} holds {file.dtype}")
     device = pick_device(device)
     reason = cpp_reason(dtype, device)
     if reason is None:
-        return _load_cpp(path, dtype, threads, contexts, pages)
+        return _load_cpp(file or cached(path, dtype), threads, contexts, pages)
     if dtype not in DTYPES:
         kinds = ", ".join(DTYPES)
         raise Error(f"dtype is {dtype!r}, which the C++ engine computes, and it does not run here: {reason}; allowed: {kinds}")
@@ -88,14 +86,13 @@ def load(path: str | Path, dtype: str | None, threads: int | None, device: str, 
     return Loaded(runner, model.config, tokenizer, "eager", dtype, device, reason, model)
 
 
-def _load_cpp(path: str | Path, dtype: str, threads: int | None, contexts: int, pages: int | None) -> Loaded:
-    weights = cached(path, dtype)
+def _load_cpp(weights: packed.Packed, threads: int | None, contexts: int, pages: int | None) -> Loaded:
     tokenizer = weights.tokenizer()
     restrict(weights.config, tokenizer)
     cpp: Any = importlib.import_module("gptfast.generation.cpp")
     pages = pages or contexts * -(-weights.config.n_positions // PAGE)
     runner = cpp.CppRunner(weights, threads or torch.get_num_threads(), pages)
-    return Loaded(runner, weights.config, tokenizer, "cpp", dtype, "cpu")
+    return Loaded(runner, weights.config, tokenizer, "cpp", weights.dtype, "cpu")
 
 
 def restrict(config: GPT2Config, tokenizer: GPT2Tokenizer) -> None:

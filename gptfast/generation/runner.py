@@ -53,6 +53,10 @@ class Batch:
         return len(self.tokens)
 
 
+class Interrupted(KeyboardInterrupt):
+    """interrupt() ended a step() before it drew anything: nothing of it has happened, and it can be tried again."""
+
+
 class Runner(Protocol):
     """What a scheduler needs. vocab: ids that can be drawn; context: longest sequence; pages: how many there are (PAGE tokens
     each; memory is best taken when a page is first written: low numbers are used first)."""
@@ -63,7 +67,11 @@ class Runner(Protocol):
 
     def step(self, batch: Batch) -> Drawn:
         """Runs the new tokens and draws (or scores targets): results in the order of the sequences and of their draws. Rows are
-        read and never written: the caller pushes what was drawn. A row of NaN has its status, and is no other row's business."""
+        read and never written: the caller pushes what was drawn. A row of NaN has its status, and is no other row's business.
+        Raises Interrupted where interrupt() came early enough."""
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Runs the new tokens: instead of each draw its logits, fp32 [draws, vocab] on the model's device. Rows may be None."""
 
     def decode(self, batch: Batch, steps: int) -> list[Drawn]:
         """Repeats step() for sequences of one new token and one draw, each drawn token being the next step's new one. Returns after
@@ -74,7 +82,8 @@ class Runner(Protocol):
         """Copies keys and values of whole pages, (from, to) each; nobody reads a page that another pair writes."""
 
     def interrupt(self) -> None:
-        """Makes decode() that is running, in another thread or below a signal handler, return after the token it is at."""
+        """Makes decode() that is running, in another thread or below a signal handler, return after the token it is at, and a step
+        over prompts end soon, if it can."""
 
     def close(self) -> None:
         """Lets go of weights and pages."""
@@ -121,9 +130,18 @@ class EagerRunner:
         )
         self._sampler: tuple[list[tuple[int, int]], Sampler] | None = None
 
-    @torch.no_grad()
     def step(self, batch: Batch) -> Drawn:
         """One pass each over the prompts that begin, the single tokens, and the other pieces of prompts."""
+        logits = self.logits(batch)
+        if not len(logits):
+            return Drawn()
+        if batch.targets is not None:
+            return _scored(logits, [token for targets in batch.targets for token in targets])
+        return self._draw(batch, logits)
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """The passes of step(): fp32 [draws, vocab]."""
         self._allocate(1 + max((page for table in batch.tables for page in table), default=-1))
         kinds: dict[tuple[bool, bool], list[int]] = {}
         for s, (tokens, start) in enumerate(zip(batch.tokens, batch.starts, strict=True)):
@@ -132,17 +150,12 @@ class EagerRunner:
         logits: dict[int, Tensor] = {}
         for index in kinds.values():
             logits.update(zip(index, self._forward(batch, index), strict=True))
-        parts, last = [], logits.get(0)
+        parts, last = [torch.empty(0, self.vocab, device=self.device)], logits.get(0)
         for s, count in enumerate(batch.draws):
             last = logits.get(s, last)
             if count and last is not None:
-                parts.append(last[len(last) - count :])
-        if not parts:
-            return Drawn()
-        together = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if batch.targets is not None:
-            return _scored(together, [token for targets in batch.targets for token in targets])
-        return self._draw(batch, together.float())
+                parts.append(last[len(last) - count :].float())
+        return torch.cat(parts) if len(parts) > 2 else parts[-1]
 
     def _forward(self, batch: Batch, index: list[int]) -> list[Tensor]:
         """Logits [at least the draws, V] of these sequences' last tokens."""

@@ -14,36 +14,23 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from gptfast.cache import PAGE
 from gptfast.errors import Error
+from gptfast.generation.beam import BeamSettings, Hypothesis, beam_search
 from gptfast.generation.interrupt import interruptible
+from gptfast.generation.paged_beams import PagedBeams
 from gptfast.generation.pages import PagePool, keys_of
 from gptfast.generation.request import Answer, Request
 from gptfast.generation.rows import Drawn, Row
-from gptfast.generation.runner import Batch, Runner
+from gptfast.generation.runner import Batch, Interrupted, Runner
+from gptfast.generation.shares import Share, batch_of, places_of
 from gptfast.generation.speculation import Speculation, agreeing
 
 CALL = 0.05  # seconds that one call of Runner.decode should last: so long a newcomer waits, and so seldom is it called
 MOST_STEPS = 32
-
-
-@dataclass
-class _Share:
-    """A sequence's part of a step: `count` tokens, `ahead` proposed ones behind them; forks draw from its last token too."""
-
-    sequence: Answer
-    count: int
-    draws: bool  # its last token is among them
-    ahead: list[int] = field(default_factory=list)
-    forks: list[Answer] = field(default_factory=list)
-
-    @property
-    def single(self) -> bool:
-        """Whether this is one token of an answer in the making."""
-        return self.count == 1 and self.draws and not self.forks
 
 
 class Scheduler:
@@ -135,25 +122,32 @@ class Scheduler:
     def step(self) -> bool:
         """One call of the runner, and its results handed out; False where there was nothing to do.
 
-        Ctrl-C on the main thread ends the call after the token it is at; KeyboardInterrupt is raised once its results are out.
+        Ctrl-C on the main thread ends the call after the token it is at, and in the middle of a prompt where the runner can;
+        KeyboardInterrupt is raised once its results are out.
         """
         with self._stepping:
             with interruptible(self.runner) as interrupted:
                 self._retire()
-                shares = self._plan()
-                if shares:
-                    self._call(shares)
-                    self._retire()
+                try:
+                    shares = self._plan()
+                    if shares:
+                        self._call(shares, interrupted)
+                        self._retire()
+                    found = bool(shares)
+                except Interrupted:
+                    found = True  # and it is still to be done
             if interrupted:
                 raise KeyboardInterrupt
-            return bool(shares)
+            return found
 
-    def _call(self, shares: list[_Share]) -> None:
+    def _call(self, shares: list[Share], interrupted: list[Any]) -> None:
         plain = all(share.single for share in shares)
         steps = self._steps(shares) if plain and not any(share.ahead for share in shares) else 1
         start = time.perf_counter()
         try:
-            batch = _batch(shares)
+            if interrupted:
+                raise Interrupted
+            batch = batch_of(shares)
             results = self.runner.decode(batch, steps) if steps > 1 else [self.runner.step(batch)]
         except BaseException:
             for share in shares:  # nothing has happened: the same step can be tried again
@@ -189,15 +183,15 @@ class Scheduler:
         self.pool.release(sequence.pages)
         sequence.pages, sequence.computed, sequence.published = [], 0, 0
 
-    def _plan(self) -> list[_Share]:
-        shares: dict[Answer, _Share] = {}
+    def _plan(self) -> list[Share]:
+        shares: dict[Answer, Share] = {}
         budget = self.chunk
         for sequence in list(self.running):  # the oldest first: it takes pages from the youngest
             if sequence not in self.running:
                 continue
             count = 1 if sequence.todo == 1 else min(sequence.todo, budget)
             if count and self._extend(sequence, sequence.computed + count, shares):
-                shares[sequence] = _Share(sequence, count, count == sequence.todo)
+                shares[sequence] = Share(sequence, count, count == sequence.todo)
                 budget -= count if sequence.todo > 1 else 0
         while self.waiting and len(self.running) < self.sequences and budget > 0:
             sequence = self.waiting[0]
@@ -205,7 +199,7 @@ class Scheduler:
                 break
             self.waiting.popleft()
             count = min(sequence.todo, budget)
-            shares[sequence] = _Share(sequence, count, count == sequence.todo)
+            shares[sequence] = Share(sequence, count, count == sequence.todo)
             budget -= count
         planned = list(shares.values())
         room = self.sequences - len(self.running)
@@ -234,7 +228,7 @@ class Scheduler:
         self.running.append(sequence)
         return True
 
-    def _extend(self, sequence: Answer, tokens: int, shares: dict[Answer, _Share]) -> bool:
+    def _extend(self, sequence: Answer, tokens: int, shares: dict[Answer, Share]) -> bool:
         """Pages for `tokens` tokens, taken from the youngest sequence where none are left; False where that is this one itself."""
         while len(sequence.pages) * PAGE < tokens:
             page = self.pool.take()
@@ -250,7 +244,7 @@ class Scheduler:
                 return False
         return True
 
-    def _fork(self, share: _Share, room: int) -> int:
+    def _fork(self, share: Share, room: int) -> int:
         """The other answers to a prompt whose last token is in this step: at most `room`, and as there are pages; the rest waits
         for its turn and finds the prompt in the cache. Returns how many there are."""
         leader, followers = share.sequence, share.sequence.request.followers
@@ -266,13 +260,13 @@ class Scheduler:
         followers.clear()
         return len(share.forks)
 
-    def _unfork(self, share: _Share) -> None:
+    def _unfork(self, share: Share) -> None:
         for fork in share.forks:
             self.pool.release(fork.pages)
             fork.pages = []
         self.waiting.extendleft(reversed(share.forks))
 
-    def _propose(self, shares: list[_Share]) -> None:
+    def _propose(self, shares: list[Share]) -> None:
         assert self.speculation is not None
         able = [share for share in shares if not share.sequence.row.stateful]
         for share, ahead in zip(able, self.speculation.propose([share.sequence for share in able]), strict=True):
@@ -289,7 +283,7 @@ class Scheduler:
             sequence.pages.append(page)
         return min(tokens, len(sequence.pages) * PAGE - sequence.computed)
 
-    def _steps(self, shares: list[_Share]) -> int:
+    def _steps(self, shares: list[Share]) -> int:
         """How many tokens may be drawn in one call: nothing that a row asks for may change on the way."""
         most = 1 if self._pace == 0 else max(1, min(MOST_STEPS, int(CALL / self._pace)))  # a first step shows how long one is
         if self.speculation is not None:
@@ -303,17 +297,17 @@ class Scheduler:
 
     # -------------------------------------------------------------------------------------------------------------- results
 
-    def _measure(self, shares: list[_Share], results: list[Drawn], seconds: float) -> None:
+    def _measure(self, shares: list[Share], results: list[Drawn], seconds: float) -> None:
         each = seconds / len(results)
         ahead = [len(share.ahead) for share in shares]
         if not any(ahead):
             self._pace = each if self._pace == 0 else 0.8 * self._pace + 0.2 * each
         if self.speculation is not None:
-            kept = [agreeing(share.ahead, results[0].tokens[i:]) for share, i in zip(shares, _places(shares), strict=True)]
+            kept = [agreeing(share.ahead, results[0].tokens[i:]) for share, i in zip(shares, places_of(shares), strict=True)]
             self.speculation.observe([share.sequence for share in shares], ahead, kept, seconds, len(results))
 
-    def _hand_out(self, shares: list[_Share], drawn: Drawn) -> None:
-        for share, place in zip(shares, _places(shares), strict=True):
+    def _hand_out(self, shares: list[Share], drawn: Drawn) -> None:
+        for share, place in zip(shares, places_of(shares), strict=True):
             sequence = share.sequence
             if sequence.row.finish_reason is not None:
                 continue  # ended by its text in an earlier step of this call
@@ -333,7 +327,7 @@ class Scheduler:
         sequence.ids += sequence.row.tokens[before:]
         self._tell(sequence.request, sequence.row)
 
-    def _start(self, share: _Share, drawn: Drawn, place: int) -> None:
+    def _start(self, share: Share, drawn: Drawn, place: int) -> None:
         """The forks' first tokens, and their copies of the prompt's last page."""
         leader, copies = share.sequence, []
         for i, fork in enumerate(share.forks):
@@ -383,6 +377,18 @@ class Scheduler:
                 self.pool.release(pages)
             return result
 
+    def beams(self, rows: Sequence[Row], settings: BeamSettings) -> list[list[Hypothesis]]:
+        """The best continuations of each row's prompt, as beam_search() gives them, in one call. For when nothing runs.
+
+        Raises gptfast.Error where the pages do not suffice.
+        """
+        with self._stepping:
+            source = PagedBeams(self.runner, self.pool, self.chunk)
+            try:
+                return beam_search(source, rows, settings)
+            finally:
+                source.close()
+
     def check(self) -> None:
         """Raises AssertionError where pages are not those of the running sequences, or two sequences write one page."""
         self.pool.check(sequence.pages for sequence in self.running)
@@ -392,22 +398,3 @@ class Scheduler:
         for s in self.running:
             assert s.ids == [*s.row.prompt, *s.row.tokens] and 0 <= s.computed <= min(len(s.ids), PAGE * len(s.pages))
             assert not set(s.pages[s.computed // PAGE :]) & {p for o in self.running if o is not s for p in o.pages}
-
-
-def _batch(shares: list[_Share]) -> Batch:
-    batch = Batch()
-    for share in shares:
-        s = share.sequence
-        new = [*s.ids[s.computed : s.computed + share.count], *share.ahead]
-        batch.add(new, s.computed, s.pages, 1 + len(share.ahead) if share.draws else 0, s.row if share.draws else None)
-        for fork in share.forks:
-            batch.add([], len(fork.ids), fork.pages, 1, fork.row)
-    return batch
-
-
-def _places(shares: list[_Share]) -> Iterator[int]:
-    """Where each sequence's draws begin among those of the step."""
-    place = 0
-    for share in shares:
-        yield place
-        place += (1 + len(share.ahead) if share.draws else 0) + len(share.forks)

@@ -123,8 +123,20 @@ class DraftModel:
         if not able:
             return result
         rows = [_draft_row(answers[i]) for i in able]
-        drawing = list(able)
-        self._catch_up([answers[i] for i in able], rows, drawing, result)
+        try:
+            self._draw(answers, able, rows, most, result)
+        except BaseException:
+            for i in able:  # what was computed of these is not known: all of it is computed again
+                self._drafts[answers[i]].base = 0
+            raise
+        for i in able:
+            draft = self._drafts[answers[i]]
+            draft.base, draft.guesses = len(answers[i].ids), result[i][:-1]
+        return [ids[:count] for ids, count in zip(result, counts, strict=True)]
+
+    def _draw(self, answers: Sequence[Answer], able: list[int], rows: list[Row], most: int, result: list[list[int]]) -> None:
+        """Fills result[i] of those that are able with `most` tokens."""
+        self._catch_up([answers[i] for i in able], rows, able, result)
         while (steps := most - max(len(result[i]) for i in able)) > 0:
             batch = Batch()
             for i, row in zip(able, rows, strict=True):
@@ -133,10 +145,6 @@ class DraftModel:
                 for n, i in enumerate(able):
                     result[i].append(max(drawn.tokens[n], 0))  # of a failed draw any id will do: it is only a proposal
                     rows[n].tokens.append(result[i][-1])
-        for i in able:
-            draft = self._drafts[answers[i]]
-            draft.base, draft.guesses = len(answers[i].ids), result[i][:-1]
-        return [ids[:count] for ids, count in zip(result, counts, strict=True)]
 
     def _reserve(self, answer: Answer, count: int) -> bool:
         """Pages for the answer and `count` tokens more, and what is right of what was computed before."""

@@ -15,6 +15,7 @@ from gptfast import packed
 from gptfast.config import GPT2Config
 from gptfast.generation.loading import cpp_reason
 from gptfast.generation.parameters import SamplingParams
+from gptfast.generation.request import Request
 from gptfast.generation.rows import Drawn, Row
 from gptfast.generation.runner import Batch, EagerRunner, Runner
 from gptfast.generation.scheduler import Scheduler
@@ -61,7 +62,8 @@ class OneByOne:
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
         self.vocab, self.context, self.pages = runner.vocab, runner.context, runner.pages
-        self.step, self.copy_pages, self.interrupt, self.close = runner.step, runner.copy_pages, runner.interrupt, runner.close
+        self.step, self.logits, self.copy_pages = runner.step, runner.logits, runner.copy_pages
+        self.interrupt, self.close = runner.interrupt, runner.close
 
     def decode(self, batch: Batch, steps: int) -> list[Drawn]:
         """One step."""
@@ -149,3 +151,13 @@ def alone(runner: Runner, old: Row) -> tuple[Any, ...]:
     scheduler = Scheduler(OneByOne(runner), 1, runner.context, idle=0)
     scheduler.run([scheduler.submit([again])])
     return made(again)
+
+
+def complete(scheduler: Scheduler, *requests: Request) -> None:
+    """Steps until nothing is left, with every invariant checked between steps."""
+    for _ in range(5000):
+        if all(request.done for request in requests) or not scheduler.step():
+            break
+        scheduler.check()
+    assert all(request.done for request in requests) and not scheduler.busy
+    assert scheduler.pool.available == scheduler.pool.pages

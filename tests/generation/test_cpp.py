@@ -1,130 +1,23 @@
-"""The C++ engine behind the runner protocol: equal bits whatever surrounds a sequence, and eager's logits; edge cases."""
+"""The C++ engine behind the runner protocol: equal bits whatever surrounds a sequence, draws, and what it refuses."""
 
 import os
-import signal
-import threading
-import time
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
 
 import gptfast.backend as backend
-from gptfast import Error, GPT2Config, GPT2LMHeadModel, packed, packing, testing
+from gptfast import Error, packed, testing
 from gptfast.cache import PAGE
 from gptfast.generation.cpp import CppRunner
-from gptfast.generation.parameters import SamplingParams
-from gptfast.generation.rows import Row, Sampler
+from gptfast.generation.rows import Sampler
 from gptfast.generation.runner import Batch
-
-ISAS = ("plain", "avx2", "avx512")
-FORMATS = ("fp32", "bf16", "int8", "int4")
-CONFIGS = {
-    "heads-of-32": {"n_embd": 64, "n_head": 2, "n_layer": 2, "vocab_size": 1031},
-    "odd": {"n_embd": 60, "n_head": 3, "n_layer": 3, "n_inner": 100, "vocab_size": 337, "activation_function": "gelu"},
-    "untied": {
-        "n_embd": 96, "n_head": 4, "n_inner": 70, "vocab_size": 513, "tie_word_embeddings": False, "activation_function": "relu",
-    },
-    "scaled": {"n_embd": 40, "n_head": 5, "vocab_size": 97, "scale_attn_by_inverse_layer_idx": True, "activation_function": "silu"},
-    "unscaled": {"n_embd": 36, "n_head": 1, "vocab_size": 1, "scale_attn_weights": False, "activation_function": "tanh"},
-    "one-head": {"n_embd": 64, "n_head": 1, "n_layer": 1, "vocab_size": 600, "activation_function": "gelu_pytorch_tanh"},
-}  # fmt: skip
+from gptfast.testing.engine import FORMATS, ISAS, Driver, logits_of, model_of, packed_of, prompts_of, row_of, runner_of
 
 
 @pytest.fixture(autouse=True)
 def extension():
     testing.requires("cpp", backend.EXTENSIONS["_C"])
-
-
-@cache
-def model_of(name, context=200):
-    """Random weights of a size at which every part matters; sharp enough that draws differ."""
-    config = GPT2Config(**{"n_positions": context, "n_layer": 2, **CONFIGS[name]})
-    generator = torch.Generator().manual_seed(len(name))
-    model = GPT2LMHeadModel(config).eval()
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            scale = 0.15 if parameter.dim() == 2 else 0.2
-            one = float("ln" in key and key.endswith("weight"))
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + one)
-    return model
-
-
-@cache
-def packed_of(name, format):
-    return packed.pack(model_of(name), format)
-
-
-def runner_of(name, format="fp32", threads=1, pages=200):
-    return CppRunner(packed_of(name, format), threads, pages)
-
-
-def row_of(prompt, i=0, **params):
-    filters = {"temperature": (0.0, 0.9, 1.0)[i % 3], "top_k": (0, 20)[i % 2], "top_p": (1.0, 0.9, 0.5)[i % 3]}
-    chosen = {**filters, "logprobs": 3, **params}
-    return Row(prompt=prompt, params=SamplingParams(**chosen), seed=i, limit=150, stop_ids=frozenset(), start=len(prompt))
-
-
-def prompts_of(vocab, lengths):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, vocab, (n,), generator=generator).tolist() for n in lengths]
-
-
-class Driver:
-    """Drives rows through a runner as a scheduler would; each has `width` pages."""
-
-    def __init__(self, runner, prompts, width=3, first=0, **params):
-        self.runner = runner
-        self.rows = [row_of(prompt, first + i, **params) for i, prompt in enumerate(prompts)]
-        self.tables = [list(range((first + i) * width, (first + i + 1) * width))[::-1] for i in range(len(prompts))]
-        self.done = [0] * len(prompts)
-
-    def ids(self, i):
-        return [*self.rows[i].prompt, *self.rows[i].tokens]
-
-    def give(self, index, drawn):
-        for n, i in enumerate(index):
-            drawn.give(n, self.rows[i])
-
-    def prefill(self, chunk=None, together=True):
-        """Prompts in pieces of at most `chunk` tokens, and each one's first draw."""
-        for group in [list(range(len(self.rows)))] if together else [[i] for i in range(len(self.rows))]:
-            while group:
-                batch, drawing = Batch(), []
-                for i in group:
-                    start, ids = self.done[i], self.rows[i].prompt
-                    piece = ids[start : start + (chunk or len(ids))]
-                    self.done[i] += len(piece)
-                    last = self.done[i] == len(ids)
-                    batch.add(list(piece), start, self.tables[i], int(last), self.rows[i] if last else None)
-                    drawing += [i] if last else []
-                self.give(drawing, self.runner.step(batch))
-                group = [i for i in group if i not in drawing]
-        return self
-
-    def batch(self, index):
-        batch = Batch()
-        for i in index:
-            batch.add(self.ids(i)[self.done[i] :], self.done[i], self.tables[i], 1, self.rows[i])
-        return batch
-
-    def decode(self, count, streamed=True, together=True):
-        """`count` more tokens a row, in single steps or in one call."""
-        for group in [list(range(len(self.rows)))] if together else [[i] for i in range(len(self.rows))]:
-            left = count
-            while left:
-                batch = self.batch(group)
-                results = [self.runner.step(batch)] if streamed else self.runner.decode(batch, left)
-                for drawn in results:
-                    self.give(group, drawn)
-                for i in group:
-                    self.done[i] += len(results)
-                left -= len(results)
-        return self
-
-    def made(self):
-        return [(row.tokens, row.logprobs, row.top_logprobs) for row in self.rows]
 
 
 LENGTHS = [1, 2, 64, 65, 7, 70, 128, 3, 63, 5, 1, 90, 33, 16, 17, 4, 9, 2, 31, 66, 12, 1, 8, 3, 20, 6, 2, 40, 15, 1, 11, 5]
@@ -175,77 +68,7 @@ def test_a_step_of_more_rows_than_a_pass_takes():
     torch.testing.assert_close(found, right.gather(1, torch.tensor(prompts[0])[:, None])[:, 0], rtol=1e-4, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------------------- the definition
-
-
-def logits_of(runner, ids, pages, chunk=None):
-    """Logits [len(ids), V] of a teacher-forced pass."""
-    parts = []
-    for start in range(0, len(ids), chunk or len(ids)):
-        piece = ids[start : start + (chunk or len(ids))]
-        batch, logits = Batch(), torch.full((len(piece), runner.vocab), float("nan"))
-        batch.add(piece, start, pages, len(piece), None)
-        runner._step(batch, {"logits": logits}, 0)
-        parts.append(logits)
-    return torch.cat(parts)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("name", CONFIGS)
-def test_fp32_logits_are_eagers(name, isa):
-    """Teacher-forced; the largest difference is at most 1e-5 of the largest logit."""
-    model = model_of(name)
-    ids = prompts_of(model.config.vocab_size, [150])[0]
-    with torch.no_grad(), backend("eager"):
-        right = model(torch.tensor([ids])).logits[0]
-    with testing.forced_isa(isa):
-        for chunk in (None, 1, 40):
-            found = logits_of(runner_of(name, threads=2), ids, [7, 0, 3], chunk)
-            assert (found - right).abs().max() <= 1e-5 * right.abs().max()
-
-
-def quantised_logits(model, weights, ids):
-    """The definition: products of gptfast.packing with fp32 activations, keys and values rounded to bf16."""
-    config, tensors = model.config, weights.tensors
-    plain = dict(model.named_parameters())
-
-    def product(x, name):
-        entry = weights.entries[name]
-        bias = plain.get(name.replace("weight", "bias")) if name.startswith("transformer.h") else None
-        return packing.product(x, packing.PackedWeight(tensors[name], entry.format, *entry.shape), bias)
-
-    def norm(x, name):
-        weight, bias = plain[name + ".weight"], plain[name + ".bias"]
-        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, config.layer_norm_epsilon)
-
-    entry = weights.entries["transformer.wte.weight"]
-    table = packing.PackedWeight(tensors["transformer.wte.weight"], entry.format, *entry.shape).dequantise()
-    x = table[ids] + plain["transformer.wpe.weight"][: len(ids)]
-    for layer in range(config.n_layer):
-        prefix = f"transformer.h.{layer}."
-        qkv = product(norm(x, prefix + "ln_1"), prefix + "attn.c_attn.weight").view(len(ids), 3, config.n_head, -1)
-        q, k, v = qkv.permute(1, 2, 0, 3)
-        k, v, scale = k.bfloat16().float(), v.bfloat16().float(), model.transformer.h[layer].attn.scale
-        o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        x = x + product(o.transpose(0, 1).reshape(len(ids), -1), prefix + "attn.c_proj.weight")
-        h = torch.nn.functional.gelu(product(norm(x, prefix + "ln_2"), prefix + "mlp.c_fc.weight"), approximate="tanh")
-        x = x + product(h, prefix + "mlp.c_proj.weight")
-    return product(norm(x, "transformer.ln_f"), "transformer.wte.weight")
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("format", ("bf16", "int8", "int4"))
-def test_logits_of_other_formats_are_the_definitions(format, isa):
-    """Where a sum is rounded differently, a code or a bf16 may be its neighbour: 2 % of the logits' standard deviation."""
-    model, weights = model_of("heads-of-32"), packed_of("heads-of-32", format)
-    ids = prompts_of(1031, [100])[0]
-    with torch.no_grad():
-        right = quantised_logits(model, weights, ids)
-    with testing.forced_isa(isa):
-        found = logits_of(CppRunner(weights, 2, 8), ids, [5, 2])
-    assert (found - right).std() <= 0.02 * right.std()
-    with torch.no_grad():
-        assert (model(torch.tensor([ids])).logits[0] - right).std() > 1.2 * (found - right).std()  # the format itself costs more
+# ---------------------------------------------------------------------------------------------------------------------------- draws
 
 
 def test_draws_are_those_of_sample_on_the_same_logits():
@@ -279,7 +102,7 @@ def test_what_kernels_do_not_do_is_done_in_torch(params):
     assert mixed.made()[1] == Driver(runner, prompts[1:], first=1, **params).prefill().decode(4).made()[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------- edge cases
+# ----------------------------------------------------------------------------------------------------------------------- edge cases
 
 
 def test_nan_fails_its_row_alone():
@@ -345,51 +168,13 @@ def test_decode_ends_with_the_step_in_which_a_sequence_ends():
     assert [row.tokens for row in driver.rows] == [row.tokens[: first + 1] for row in whole.rows]
 
 
-def long_decode():
-    """A runner and a batch whose decode takes a while: 20,000 tokens do not end by themselves."""
-    model = model_of("one-head", 30_000)
-    runner = CppRunner(packed.pack(model, "fp32"), 1, 500)
-    driver = Driver(runner, prompts_of(600, [4]), width=500).prefill()
-    return runner, driver
-
-
-def test_interrupt_from_another_thread():
-    """It ends within a token, what was drawn is there, and the next call is not concerned; the GIL is free meanwhile."""
-    runner, driver = long_decode()
-    right = Driver(runner, prompts_of(600, [4]), width=500).prefill().decode(30).rows[0].tokens
-    timer = threading.Timer(0.2, runner.interrupt)
-    timer.start()
-    start = time.perf_counter()
-    results = runner.decode(driver.batch([0]), 20_000)
-    taken = time.perf_counter() - start
-    timer.join()
-    assert 30 < len(results) < 20_000 and taken < 10
-    assert [driver.rows[0].tokens[0], *(drawn.tokens[0] for drawn in results[:30])] == right
-    assert len(runner.decode(driver.batch([0]), 3)) == 3
-
-
-def test_ctrl_c_ends_a_call_on_the_main_thread():
-    """The handler that was there runs after the call, and gets what was drawn; it is put back."""
-    runner, driver = long_decode()
-    noted, before = [], signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
-    try:
-        timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
-        results = runner.decode(driver.batch([0]), 20_000)
-        timer.join()
-        assert noted == [signal.SIGINT] and 1 <= len(results) < 20_000
-        os.kill(os.getpid(), signal.SIGINT)
-        assert noted == [signal.SIGINT] * 2
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def test_memory_does_not_grow_with_tokens():
     def resident():
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    runner, driver = long_decode()
+    runner = CppRunner(packed.pack(model_of("one-head", 1_000), "fp32"), 1, 20)
+    driver = Driver(runner, prompts_of(600, [4]), width=16).prefill()
     driver.decode(40, streamed=False)
     before = resident()
     runner.decode(driver.batch([0]), 100)  # within the same pages of 64 tokens, but for two

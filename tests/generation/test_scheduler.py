@@ -1,8 +1,6 @@
 """The scheduler: what a request is given depends on nothing else that runs, and every page is accounted for after every step."""
 
-import os
 import random
-import signal
 import threading
 
 import pytest
@@ -10,56 +8,13 @@ import torch
 
 from gptfast import Error, SamplingParams
 from gptfast.cache import PAGE
-from gptfast.generation.pages import PagePool, chain, keys_of
 from gptfast.generation.runner import Batch, EagerRunner
 from gptfast.generation.scheduler import Scheduler
 from gptfast.generation.score import token_logprobs
 from gptfast.generation.stream import TextStream
-from gptfast.testing.generation import (
-    CONTEXT,
-    RUNNERS,
-    VOCAB,
-    OneByOne,
-    alone,
-    fresh,
-    made,
-    make_runner,
-    random_params,
-    random_request,
-    row,
-    runner_reason,
-    tiny,
-)
+from gptfast.testing.generation import CONTEXT, VOCAB, alone, complete, fresh, made, random_params, random_request, row
 
 SAMPLED = SamplingParams(temperature=1.0, top_k=0, seed=3, logprobs=2)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny()
-
-
-@pytest.fixture(params=RUNNERS)
-def kind(request):
-    reason = runner_reason(request.param)
-    if reason is not None:
-        pytest.skip(reason)
-    return request.param
-
-
-@pytest.fixture
-def make(kind, model):
-    return lambda pages, which=model: make_runner(kind, which, pages)
-
-
-def complete(scheduler: Scheduler, *requests) -> None:
-    """Steps until nothing is left, with every invariant checked between steps."""
-    for _ in range(5000):
-        if all(request.done for request in requests) or not scheduler.step():
-            break
-        scheduler.check()
-    assert all(request.done for request in requests) and not scheduler.busy
-    assert scheduler.pool.available == scheduler.pool.pages
 
 
 # ------------------------------------------------------------------------------------------------------------ whatever else runs
@@ -152,39 +107,6 @@ def test_answers_are_known_too_and_whole_prompts_are_computed_to_their_last_toke
     assert scheduler.reused == 64 and made(more) == alone(make(8), more)
 
 
-def test_the_least_recently_used_pages_leave_first():
-    pool = PagePool(3)
-    pages = [pool.take() for _ in range(3)]
-    assert pages == [0, 1, 2] and pool.take() is None
-    for page in pages:
-        pool.publish(page, bytes([page]))
-    pool.release([0])
-    pool.release([2, 1])  # of one text: 1, its end, leaves before 2
-    assert pool.match([bytes([0])]) == [0]
-    pool.release([0])
-    assert [pool.take(), pool.take(), pool.take()] == [1, 2, 0] and pool.match([bytes([0])]) == []
-    pool.check([[1, 2, 0]])
-    with pytest.raises(AssertionError):
-        pool.check([[1, 2]])
-
-
-def test_few_pages_are_kept_where_few_are_asked_for():
-    pool = PagePool(4, idle=1)
-    pages = [pool.take(), pool.take()]
-    for page in pages:
-        pool.publish(page, bytes([page]))
-    pool.release(pages)
-    pool.check([])
-    assert pool.match([bytes([0])]) == [0] and pool.match([bytes([1])]) == [] and pool.available == 3
-
-
-def test_a_key_is_its_whole_text():
-    ids = list(range(192))
-    keys = keys_of(ids, [], 3)
-    assert keys[1] == chain(chain(b"", ids[:64]), ids[64:128]) and len(set(keys)) == 3
-    assert keys_of([1, *ids[1:]], [], 3)[2] != keys[2] and keys_of(ids[64:], [], 1)[0] != keys[1]
-
-
 # ----------------------------------------------------------------------------------------------------------------------- choices
 
 
@@ -252,123 +174,6 @@ def test_no_tokens_and_one_token(make):
     assert none.finish_reason == one.finish_reason == "length" and (none.tokens, len(one.tokens)) == ([], 1) and told == [none]
 
 
-# ------------------------------------------------------------------------------------------------------ cancelling and failing
-
-
-def test_cancelling(make):
-    scheduler = Scheduler(make(40), 4)
-    pieces = []
-    stream = TextStream(lambda token: b"ab"[token % 2 :][:1], ["abababababababababababababababababab"])
-    first = [row([3] * 70, 50, SAMPLED, choice, stream=stream if choice == 0 else None) for choice in range(3)]
-    other, queued = row([4] * 5, 50, SAMPLED), row([5] * 5, 20, SAMPLED)
-    requests = [scheduler.submit(first, lambda r: pieces.append((r.choice, r.piece))), scheduler.submit([other])]
-    scheduler.step()
-    last = scheduler.submit([queued])
-    scheduler.step()
-    scheduler.cancel(requests[0])
-    scheduler.cancel(last)
-    complete(scheduler, *requests, last)
-    assert [r.finish_reason for r in (*first, queued)] == ["cancelled"] * 4 and queued.tokens == []
-    assert made(other) == alone(make(8), other) and 0 < len(first[0].tokens) < 50
-    assert first[0].text == "".join("ab"[token % 2] for token in first[0].tokens)  # what was held back has been released
-    assert "".join(piece for choice, piece in pieces if choice == 0) == first[0].text
-    expected = alone(make(8), first[0])
-    assert first[0].tokens == expected[0][: len(first[0].tokens)]
-
-
-def test_choices_are_cancelled_with_a_prompt_that_is_not_computed(make):
-    scheduler = Scheduler(make(10), chunk=10)
-    answers = [row([3] * 70, 5, SAMPLED, choice) for choice in range(3)]
-    request = scheduler.submit(answers)
-    scheduler.step()
-    scheduler.cancel(request)
-    complete(scheduler, request)
-    assert [answer.finish_reason for answer in answers] == ["cancelled"] * 3
-
-
-def test_nan_fails_its_request_alone(make, model):
-    broken = tiny()
-    broken.transformer.wte.weight.data[50] = float("nan")
-    broken.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # only those that read 50
-    broken.config.tie_word_embeddings = False
-    scheduler = Scheduler(make(6, broken), idle=None)
-    banned = SamplingParams(temperature=1.0, top_k=0, seed=3, banned_tokens=(50,))
-    for _ in range(3):  # pages go from failed requests to others
-        good = [row([i] * 70, 10, banned) for i in range(2)]
-        bad = [row([50 if i == 65 else i for i in range(70)], 10, banned, choice) for choice in range(2)]
-        complete(scheduler, *[scheduler.submit(rows) for rows in ([good[0]], bad, [good[1]])])
-        reference = make(8, broken)
-        assert [made(answer) for answer in good] == [alone(reference, answer) for answer in good]
-        assert [answer.finish_reason for answer in bad] == ["error"] * 2 and all("NaN" in (a.error or "") for a in bad)
-        assert all(answer.finish_reason == "length" for answer in good)
-
-
-def test_an_exception_in_a_step_loses_nothing(make):
-    runner = OneByOne(make(12))
-    scheduler = Scheduler(runner)
-    answers = [[row([5] * 70, 6, SAMPLED, choice) for choice in range(3)], [row([6] * 3, 6, SAMPLED)]]
-    step, calls = runner.step, []
-
-    def failing(batch: Batch):
-        calls.append(None)
-        if len(calls) in (1, 3):
-            raise RuntimeError("out of memory")
-        return step(batch)
-
-    runner.step = failing
-    requests = [scheduler.submit(rows) for rows in answers]
-    for _ in range(2):
-        with pytest.raises(RuntimeError):
-            while True:
-                scheduler.step()
-        scheduler.check()
-    complete(scheduler, *requests)
-    reference = make(8)
-    for answer in (*answers[0], *answers[1]):
-        assert made(answer) == alone(reference, answer)
-
-
-def test_run_cancels_what_it_leaves(make):
-    runner = OneByOne(make(12))
-    scheduler = Scheduler(runner)
-    answer = row([5] * 70, 60, SAMPLED)
-    step, calls = runner.step, []
-
-    def failing(batch: Batch):
-        calls.append(None)
-        if len(calls) > 4:
-            raise RuntimeError("out of memory")
-        return step(batch)
-
-    runner.step = failing
-    with pytest.raises(RuntimeError):
-        scheduler.run([scheduler.submit([answer])])
-    assert answer.finish_reason == "cancelled" and not scheduler.busy and scheduler.pool.available == 12
-
-
-def test_ctrl_c_in_a_step_keeps_what_it_drew(make):
-    runner = OneByOne(make(12))
-    scheduler = Scheduler(runner)
-    answer, told = row([5] * 70, 60, SAMPLED), []
-    step = runner.step
-
-    def interrupted(batch: Batch):
-        if batch.starts[0] == 75:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(batch)
-
-    runner.step = interrupted
-    request = scheduler.submit([answer], lambda r: told.append(r.tokens[-1]))
-    with pytest.raises(KeyboardInterrupt):
-        for _ in range(70):  # more than it has tokens
-            scheduler.step()
-    scheduler.check()
-    assert len(answer.tokens) == 76 - 70 + 1 and told == answer.tokens  # the token of the interrupted step is the last
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    complete(scheduler, request)
-    assert made(answer) == alone(make(8), answer)
-
-
 # --------------------------------------------------------------------------------------------------------------------- the rest
 
 
@@ -412,11 +217,11 @@ def test_requests_come_from_other_threads(make):
     assert [made(answer) for answer in answers] == [alone(reference, answer) for answer in answers]
 
 
-def test_scores_are_the_models(make, kind, model):
+def test_scores_are_the_models(make, kind, tiny_model):
     ids = [i * 7 % VOCAB for i in range(CONTEXT + 1)]
     whole = Scheduler(make(8)).score(ids[:-1], ids[1:])
     if kind in ("double", "cpp-fp32"):
-        assert torch.allclose(torch.tensor(whole), token_logprobs(model, ids), atol=1e-4)
+        assert torch.allclose(torch.tensor(whole), token_logprobs(tiny_model, ids), atol=1e-4)
     scheduler = Scheduler(make(8), chunk=50)
     for first in (1, 60, 200):
         assert scheduler.score(ids[:-1], ids[first:]) == whole[first - 1 :]
@@ -425,8 +230,8 @@ def test_scores_are_the_models(make, kind, model):
         Scheduler(make(2)).score(ids[:-1], ids[1:])
 
 
-def test_eager_pages_are_taken_when_they_are_used(model):
-    runner = EagerRunner(model, 1000)
+def test_eager_pages_are_taken_when_they_are_used(tiny_model):
+    runner = EagerRunner(tiny_model, 1000)
     scheduler = Scheduler(runner)
     complete(scheduler, scheduler.submit([row([5] * 100, 10, SAMPLED)]))
     assert runner.keys[0].shape[0] == 2

@@ -61,10 +61,10 @@ def test_without_bos_the_first_token_has_no_score(engine):
     assert without.total == pytest.approx(sum(without.logprobs[1:]), abs=1e-4)
 
 
-def test_empty_and_bad(engine):
+def test_empty_and_bad(engine, model):
     assert engine.score("").total == 0 and engine.score("").bits_per_byte == 0 and engine.score("", bos=False).logprobs == []
     for stride in (0, 65, 1.5, True):
         with pytest.raises(Error, match="stride"):
             engine.score("x", stride=stride)
     with pytest.raises(Error, match="300"):
-        token_logprobs(engine.model, [1, 300])
+        token_logprobs(model, [1, 300])

@@ -12,28 +12,10 @@ from gptfast.generation.rows import Drawn
 from gptfast.generation.runner import Batch
 from gptfast.generation.scheduler import Scheduler
 from gptfast.generation.speculation import DraftModel, PromptLookup, Speculation, agreeing
-from gptfast.testing.generation import RUNNERS, VOCAB, OneByOne, alone, made, make_runner, random_request, row, runner_reason, tiny
+from gptfast.testing.generation import VOCAB, OneByOne, alone, made, random_request, row, tiny
 
 GREEDY = SamplingParams(temperature=0.0, logprobs=1)
 SAMPLED = SamplingParams(temperature=1.0, top_k=0, seed=3, logprobs=2)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny()
-
-
-@pytest.fixture(params=RUNNERS)
-def kind(request):
-    reason = runner_reason(request.param)
-    if reason is not None:
-        pytest.skip(reason)
-    return request.param
-
-
-@pytest.fixture
-def make(kind, model):
-    return lambda pages, which=model: make_runner(kind, which, pages)
 
 
 def answer(ids: list[int]) -> Answer:

@@ -36,9 +36,19 @@ def kept(logits, order="gptfast", temperature=1.0, **filters):
     return set((torch.arange(x.shape[1]) if ids is None else ids[0])[y[0] > -INF].tolist())
 
 
+@pytest.fixture(params=["eager", "cpp"])
+def either(request):
+    """The definition and the C++ kernel."""
+    if request.param == "cpp":
+        testing.requires("cpp", backend.EXTENSIONS["_C"])
+    with backend(sample=request.param):
+        yield request.param
+
+
 # ------------------------------------------------------------------------------------------------------------------------ the draw
 
 
+@pytest.mark.usefixtures("either")
 def test_the_draw_is_gumbel_max_with_the_published_noise():
     logits = torch.randn(5, 1000) * 3
     seed, position, choice = torch.arange(5) * 2**33 - 2**34, torch.arange(5) * 100, torch.arange(5)
@@ -51,6 +61,7 @@ def test_the_draw_is_gumbel_max_with_the_published_noise():
     assert result.token.dtype == torch.int64 and result.status.tolist() == [0] * 5 and result.status.dtype == torch.int8
 
 
+@pytest.mark.usefixtures("either")
 def test_a_row_does_not_depend_on_its_batch():
     logits = torch.randn(6, 300) * 4
     seed, position = torch.arange(6), torch.arange(6) + 3
@@ -61,6 +72,7 @@ def test_a_row_does_not_depend_on_its_batch():
         assert int(alone.token) == int(together.token[b])
 
 
+@pytest.mark.usefixtures("either")
 def test_draws_follow_the_filtered_probabilities():
     x = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -2.0])
     rows = 5_000
@@ -72,6 +84,7 @@ def test_draws_follow_the_filtered_probabilities():
     assert float(((counts - expected)[:3] ** 2 / expected[:3]).sum()) < 13.8
 
 
+@pytest.mark.usefixtures("either")
 def test_low_precision_and_strided_logits():
     base = (torch.randn(4, 100) * 3).bfloat16()
     assert torch.equal(run(base).token, run(base.float()).token)
@@ -151,6 +164,7 @@ def test_a_wide_nucleus_beyond_the_first_candidates():
     assert count > 1024
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize(
     "off",
     [*({"top_k": k} for k in (0, -1, 50, 2**31)), {"top_p": 1.0}, {"top_p": 1.5}, {"min_p": 0.0}, {"typical_p": 1.0}],
@@ -179,6 +193,7 @@ def test_llama_typical_before_top_p_may_drop_the_best():
 # ----------------------------------------------------------------------------------------------------------------------- edge cases
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("greedy", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_k": 1}, {"temperature": 1e-42}])
 def test_greedy_takes_the_lowest_of_equal_ids(greedy):
     logits = torch.tensor([[0.0, 5.0, 5.0, 1.0]] * 50)
@@ -186,6 +201,7 @@ def test_greedy_takes_the_lowest_of_equal_ids(greedy):
     assert result.token.unique().tolist() == [1]
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("temperature", [1e-8, 1e-37, 1e30, 3e38])
 def test_extreme_temperatures(temperature):
     logits = torch.tensor([[1e30, -1e30, 1e30 * 0.999, 0.0]] * 40)
@@ -195,12 +211,14 @@ def test_extreme_temperatures(temperature):
     assert len(flat.unique()) == 4
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("value", [-1.0, NAN, INF])
 def test_temperatures_that_are_not_allowed(value):
     with pytest.raises(Error, match="temperature"):
         run([[0.0, 1.0]], value)
 
 
+@pytest.mark.usefixtures("either")
 def test_nan_fails_its_row_alone():
     logits = torch.randn(4, 20)
     logits[1, 3] = NAN
@@ -212,6 +230,7 @@ def test_nan_fails_its_row_alone():
         assert torch.equal(result.token[[0, 2, 3]], expected.token[[0, 2, 3]])
 
 
+@pytest.mark.usefixtures("either")
 def test_nothing_allowed_ends_the_row():
     logits = torch.stack((torch.full((8,), -INF), torch.zeros(8)))
     assert run(logits).status.tolist() == [2, 0] and run(logits, 0.0).token.tolist()[0] == -1
@@ -219,6 +238,7 @@ def test_nothing_allowed_ends_the_row():
     assert banned.status.tolist() == [2, 0] and int(banned.token[0]) == -1 and not bool(banned.logprob.isnan().any())
 
 
+@pytest.mark.usefixtures("either")
 def test_plus_infinity_forces():
     logits = torch.zeros(3, 6)
     logits[0, 4] = INF
@@ -230,6 +250,7 @@ def test_plus_infinity_forces():
     assert torch.allclose(result.logprob, torch.tensor([0.0, -math.log(2), -math.log(6)]))
 
 
+@pytest.mark.usefixtures("either")
 def test_masked_ids_are_excluded():
     """The only allowed ids are the least probable ones; a banned +inf does not force, a bias of -inf bans."""
     logits = torch.tensor([[INF, 50.0, -90.0, -91.0]]).repeat(300, 1)
@@ -239,6 +260,7 @@ def test_masked_ids_are_excluded():
     assert set(run(logits, position=torch.arange(300), bias=bias).token.tolist()) == {2}
 
 
+@pytest.mark.usefixtures("either")
 def test_padded_vocabulary_is_never_sampled():
     logits = torch.zeros(500, 40)
     logits[:, 33:] = NAN
@@ -262,6 +284,7 @@ def test_penalties_by_the_book():
     assert biased[0, 0] == -4.0  # the bias comes before the penalty: 2 - 4 is negative, and is multiplied
 
 
+@pytest.mark.usefixtures("either")
 def test_counts_take_the_drawn_tokens():
     counts = torch.zeros(3, 10, dtype=torch.int32)
     logits = torch.randn(3, 10)
@@ -280,6 +303,7 @@ def test_bits_there_and_back(count):
     assert (int(words[0, 0]) >> 0) & 1 == int(mask[0, 0])
 
 
+@pytest.mark.usefixtures("either")
 def test_top_log_probabilities():
     logits = torch.tensor([[1.0, 3.0, 3.0, -0.0, 0.0, 2.0]])
     result = run(logits, 0.0, top_n=6)
@@ -299,6 +323,7 @@ def test_processed_log_probabilities_are_those_of_the_draw():
     assert torch.allclose(raw.top_logprobs[0], logits[0].log_softmax(0).sort(descending=True).values)
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize(
     "arguments, words",
     [

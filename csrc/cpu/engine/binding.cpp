@@ -200,14 +200,16 @@ class Bound {
   Bound(const py::dict& config, Tensors weights, const std::string& format, int threads, int64_t pages)
       : weights_(std::move(weights)), engine_(model_of(config, Weights(weights_), format), checked(threads), pages) {}
 
-  void step(const at::Tensor& tokens, const at::Tensor& lengths, const at::Tensor& starts, const at::Tensor& table,
-            const at::Tensor& draws, const Optionals& tensors, int64_t top_n) {
+  bool step(const at::Tensor& tokens, const at::Tensor& lengths, const at::Tensor& starts, const at::Tensor& table,
+            const at::Tensor& draws, const Optionals& tensors, int64_t top_n, bool signals) {
     const Request request = request_of(tokens, lengths, starts, table, draws);
     int64_t rows = 0;
     for (int64_t s = 0; s < request.sequences; ++s) rows += request.draws[s];
     const Draws wanted = draws_of(tensors, engine_.model(), 1, rows, top_n);
     py::gil_scoped_release released;
-    engine_.step(request, wanted);
+    if (!signals) return engine_.step(request, wanted);
+    const Interruptible interruptible(engine_);
+    return engine_.step(request, wanted);
   }
 
   int64_t decode(const at::Tensor& tokens, const at::Tensor& lengths, const at::Tensor& starts, const at::Tensor& table,
@@ -215,7 +217,7 @@ class Bound {
                  std::vector<std::vector<int64_t>> stops, bool signals) {
     const Request request = request_of(tokens, lengths, starts, table, draws);
     const Draws wanted = draws_of(tensors, engine_.model(), steps, request.sequences, top_n);
-    TORCH_CHECK(wanted.sampling && wanted.targets == nullptr, "decode draws, and needs the parameters of draws");
+    TORCH_CHECK(wanted.targets == nullptr && wanted.logits == nullptr, "decode draws, or computes what nobody sees");
     TORCH_CHECK(static_cast<int64_t>(stops.size()) == request.sequences, "there are ", stops.size(), " lists of stop ids");
     for (auto& ids : stops) std::sort(ids.begin(), ids.end());
     py::gil_scoped_release released;
@@ -227,6 +229,10 @@ class Bound {
   void copy_pages(const std::vector<std::pair<int64_t, int64_t>>& pairs) {
     py::gil_scoped_release released;
     for (const auto& [from, to] : pairs) engine_.copy_page(from, to);
+  }
+
+  void embed(int64_t token, int64_t position, const at::Tensor& y) const {
+    engine_.embed(token, position, data<float>(y, at::kFloat, {engine_.model().width}, "y"));
   }
 
   void interrupt() { engine_.interrupt(); }
@@ -269,10 +275,11 @@ void bind(py::module_& module) {
       .def(py::init<const py::dict&, Tensors, const std::string&, int, int64_t>(), py::arg("config"), py::arg("weights"),
            py::arg("format"), py::arg("threads"), py::arg("pages"))
       .def("step", &Bound::step, py::arg("tokens"), py::arg("query_lengths"), py::arg("starts"), py::arg("block_table"), py::arg("draws"),
-           py::arg("tensors"), py::arg("top_n") = 0)
+           py::arg("tensors"), py::arg("top_n"), py::arg("signals"))
       .def("decode", &Bound::decode, py::arg("tokens"), py::arg("query_lengths"), py::arg("starts"), py::arg("block_table"),
            py::arg("draws"), py::arg("tensors"), py::arg("top_n"), py::arg("steps"), py::arg("stops"), py::arg("signals"))
       .def("copy_pages", &Bound::copy_pages)
+      .def("embed", &Bound::embed)
       .def("interrupt", &Bound::interrupt)
       .def_property_readonly("vocab", &Bound::vocab)
       .def_property_readonly("pages", &Bound::pages);

@@ -80,18 +80,26 @@ void Engine::plan_draws(const Request& request) {
   }
 }
 
-void Engine::run_passes(int thread, const Draws& draws) {
+bool Engine::run_passes(int thread, const Draws& draws, const std::atomic<bool>* stop) {
   for (const Planned& planned : planned_) {
-    forward_.run(thread, planned.pass);
+    if (!forward_.run(thread, planned.pass, stop)) return false;
     head_.run(thread, planned.hidden.data(), draws, planned.first_draw, static_cast<int64_t>(planned.hidden.size()));
   }
+  return true;
 }
 
-void Engine::step(const Request& request, const Draws& draws) {
+bool Engine::step(const Request& request, const Draws& draws) {
   check(request, 1);
   plan(request);
   head_.prepare(draws);
-  team_.run([&](int thread) { run_passes(thread, draws); });
+  interrupted_.store(false, std::memory_order_relaxed);
+  const bool single = std::all_of(request.lengths, request.lengths + request.sequences, [](int32_t length) { return length <= 1; });
+  bool done = true;
+  team_.run([&](int thread) {
+    const bool whole = run_passes(thread, draws, single ? nullptr : &interrupted_);
+    if (thread == 0) done = whole;
+  });
+  return done;
 }
 
 // ------------------------------------------------------------------------------------------------------------------- many tokens
@@ -102,16 +110,30 @@ bool Engine::advance(const Draws& draws, const std::vector<std::vector<int64_t>>
   size_t s = 0;
   for (Planned& planned : planned_) {
     for (int64_t row = 0; row < planned.pass.rows; ++row, ++s) {
+      ++planned.pass.positions[row];
+      ++planned.pass.pieces[row].start;
+      if (!draws.sampling) continue;
       const int64_t token = draws.sample.token[s];
       more &= draws.sample.status[s] == 0 && !std::binary_search(stops[s].begin(), stops[s].end(), token);
       planned.pass.tokens[row] = static_cast<int32_t>(token);
-      ++planned.pass.positions[row];
-      ++planned.pass.pieces[row].start;
       ++positions_[s];
     }
   }
   return more;
 }
+
+namespace {
+
+// Where the results of the next step go
+void next_results(Sample& sample, int64_t count) {
+  sample.token += count;
+  sample.status += count;
+  sample.logprob += count;
+  sample.top_ids += count * sample.top_n;
+  sample.top_logprobs += count * sample.top_n;
+}
+
+}  // namespace
 
 int64_t Engine::decode(const Request& request, Draws draws, int64_t steps, const std::vector<std::vector<int64_t>>& stops) {
   check_range("steps", steps, 1, model_.context);
@@ -121,23 +143,20 @@ int64_t Engine::decode(const Request& request, Draws draws, int64_t steps, const
   check(request, steps);
   plan(request);
   head_.prepare(draws);
-  positions_.assign(draws.sample.position, draws.sample.position + request.sequences);
-  draws.sample.position = positions_.data();
+  if (draws.sampling) {
+    positions_.assign(draws.sample.position, draws.sample.position + request.sequences);
+    draws.sample.position = positions_.data();
+  }
   interrupted_.store(false, std::memory_order_relaxed);
   int64_t done = 0;
   bool more = true;
   team_.run([&](int thread) {
     while (more) {
-      run_passes(thread, draws);  // ends with a barrier
+      run_passes(thread, draws, nullptr);  // ends with a barrier
       if (thread == 0) {
         const bool wanted = advance(draws, stops);
         more = ++done < steps && wanted;
-        Sample& sample = draws.sample;
-        sample.token += request.sequences;
-        sample.status += request.sequences;
-        sample.logprob += request.sequences;
-        sample.top_ids += request.sequences * sample.top_n;
-        sample.top_logprobs += request.sequences * sample.top_n;
+        if (draws.sampling) next_results(draws.sample, request.sequences);
       }
       team_.barrier();
     }
@@ -149,6 +168,12 @@ void Engine::copy_page(int64_t from, int64_t to) {
   check_range("a page", from, 0, cache_.pages - 1);
   check_range("a page", to, 0, cache_.pages - 1);
   if (from != to) std::copy_n(cache_.page(from), cache_.page_bytes(), cache_.page(to));
+}
+
+void Engine::embed(int64_t token, int64_t position, float* y) const {
+  check_range("a token id", token, 0, model_.wte.outputs - 1);
+  check_range("a position", position, 0, model_.context - 1);
+  GPTFAST_CALL(embed_token, model_.wte, token, model_.wpe + position * model_.width, y);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------- Ctrl-C

@@ -21,17 +21,21 @@ class Engine {
  public:
   Engine(Model model, int threads, int64_t pages);
 
-  // One step. Throws std::invalid_argument with one line for what does not fit.
-  void step(const Request& request, const Draws& draws);
+  // One step; whether it was done. It is not where interrupt() came while a sequence has more than one new token: then it ends after
+  // the block that it is at, and can be tried again. Throws std::invalid_argument with one line for what does not fit.
+  bool step(const Request& request, const Draws& draws);
 
   // Single-token steps, until `steps` are done, or a sequence drew one of its stop ids or failed, or interrupt(). Every sequence has one
-  // new token and one draw; results are [steps, S]. Returns how many were done, at least one.
+  // new token and one draw; results are [steps, S]. Without sampling, the same token each time. Returns how many were done, at least one.
   int64_t decode(const Request& request, Draws draws, int64_t steps, const std::vector<std::vector<int64_t>>& stops);
 
-  // From any thread and from a signal handler: decode() that runs returns after the token it is at
+  // From any thread and from a signal handler: decode() that runs returns after the token it is at, step() as said there
   void interrupt() { interrupted_.store(true, std::memory_order_relaxed); }
 
   void copy_page(int64_t from, int64_t to);
+
+  // y [C]: what goes into the first block for this token at this position
+  void embed(int64_t token, int64_t position, float* y) const;
 
   const Model& model() const { return model_; }
   int64_t pages() const { return cache_.pages; }
@@ -48,7 +52,7 @@ class Engine {
   void plan(const Request& request);
   void plan_draws(const Request& request);
   bool advance(const Draws& draws, const std::vector<std::vector<int64_t>>& stops);
-  void run_passes(int thread, const Draws& draws);
+  bool run_passes(int thread, const Draws& draws, const std::atomic<bool>* stop);
 
   const Model model_;
   const Cache cache_;

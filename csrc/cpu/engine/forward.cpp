@@ -75,7 +75,7 @@ Forward::Forward(const Model& model, const Cache& cache, Team& team, Rows& rows)
   for (int64_t row = 0; row < kRows; ++row) residual_rows_.get()[row] = hidden(row);
 }
 
-void Forward::run(int thread, const Pass& pass) {
+bool Forward::run(int thread, const Pass& pass, const std::atomic<bool>* stop) {
   const int64_t rows = pass.rows, width = model_.width, inner = model_.inner;
   float *residual = residual_.get(), *attended = attended_.get(), *between = inner_.get();
   const Share mine(rows, thread, team_.size());
@@ -105,8 +105,11 @@ void Forward::run(int thread, const Pass& pass) {
     team_.barrier();
     x = rows_.prepared(thread, between, rows, inner, model_.format);
     multiply(thread, block.mlp_c_proj, x, rows, {block.mlp_c_proj_bias, Activation::none, residual, width, residual, width, 0});
+    if (thread == 0) stopped_ = stop != nullptr && stop->load(std::memory_order_relaxed);  // one look for all threads
     team_.barrier();
+    if (stopped_) return false;
   }
+  return true;
 }
 
 void Forward::multiply(int thread, const PackedWeight& weight, const void* x, int64_t rows, Epilogue epilogue) const {

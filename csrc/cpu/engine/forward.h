@@ -1,6 +1,7 @@
 // The blocks, for some rows of any sequences: the same steps for every thread of a team, which meets four times a block.
 #pragma once
 
+#include <atomic>
 #include <vector>
 
 #include "cpu/engine/model.h"
@@ -51,8 +52,9 @@ class Forward {
  public:
   Forward(const Model& model, const Cache& cache, Team& team, Rows& rows);
 
-  // Called by every thread of the team; the last hidden states are in hidden() when it returns
-  void run(int thread, const Pass& pass);
+  // Called by every thread of the team; the last hidden states are in hidden() when it returns true. Where `stop` is given and becomes
+  // true it returns false, to all threads, after the block that it is at.
+  bool run(int thread, const Pass& pass, const std::atomic<bool>* stop);
 
   const float* hidden(int64_t row) const { return residual_.get() + row * model_.width; }
 
@@ -70,6 +72,7 @@ class Forward {
   Buffer<float> residual_, qkv_, attended_, inner_;
   std::vector<Buffer<float>> scratch_;  // of each thread, for attention
   Buffer<const float*> residual_rows_;
+  bool stopped_ = false;  // written by the first thread before a barrier, read by all behind it
 };
 
 }  // namespace gptfast::cpu::engine
