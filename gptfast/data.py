@@ -60,7 +60,7 @@ def check_new(out: Path, flag: str = "--out") -> None:
 
 
 class Place(NamedTuple):
-    """How far the inputs are encoded: `pieces` of source number `source`, whose digests make `chain`; bad rows before that source."""
+    """How far the inputs are encoded: `pieces` of source number `source`, whose digests make `chain`; `skipped` rows before it."""
 
     source: int = 0
     pieces: int = 0
@@ -69,7 +69,7 @@ class Place(NamedTuple):
 
 
 class Done(NamedTuple):
-    """What a task stands for: where it ends, and the documents and bytes of each split in it; `position` in the inputs, in bytes."""
+    """What a task stands for: where it ends, documents and bytes of each split in it; `position` in the inputs, in bytes."""
 
     place: Place
     documents: dict[str, int]

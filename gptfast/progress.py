@@ -19,8 +19,8 @@ class Bar:
     def __init__(self, enabled: bool = True) -> None:
         self._rich: Progress | None = None
         if enabled and sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
-            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-            self._rich = Progress(*columns, console=Console(stderr=True))
+            columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+            self._rich = Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True))
             self._task = self._rich.add_task("", total=None)
         self._line = Line(enabled and self._rich is None)
         self._what, self._total = "", 0

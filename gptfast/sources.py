@@ -298,11 +298,12 @@ class Reader:
             place = f"rows {before + 1:,} to {before + len(values):,}"
             raise LoadError(f"{source.name}, {place}: not UTF-8 text (byte 0x{error.object[error.start]:02x})") from None
         for number, value in enumerate(found, before + 1):
-            yield from self._text(value, f"{source.name}, row {number:,}", f"{shown(self.column)} is {shown(value)}; text is needed")
+            needed = f"{shown(self.column)} is {shown(value)}; text is needed"
+            yield from self._text(value, f"{source.name}, row {number:,}", needed)
 
 
 def opened(source: Source) -> BinaryIO:
-    """The source's bytes; standard input is handed out under another handle, so that closing it does not close that of the process."""
+    """The source's bytes; standard input is handed out under another handle: closing that leaves the process's own open."""
     try:
         if source.path is not None:
             return open(source.path, "rb")

@@ -122,7 +122,7 @@ def doctor(
     given: dict[str, Any],
     verify: Annotated[
         str | None,
-        typer.Option("--verify", metavar="FILE", help="read a packed file or a data folder and check all of it", show_default="none"),
+        typer.Option("--verify", metavar="FILE", help="read a packed file or data folder and check all of it", show_default="none"),
     ] = None,
 ) -> dict[str, Any]:
     """Say what this installation has, what it lacks, and the command that adds it; or whether a file or data folder is whole."""

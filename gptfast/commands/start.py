@@ -40,7 +40,7 @@ def prepare(
     val: Annotated[float, typer.Option(metavar="NUMBER", help="fraction of the documents held out")] = 0.05,
     column: Annotated[str, typer.Option(metavar="NAME", help="column, or key of a JSON line, that holds the text")] = "text",
     format: Annotated[
-        str | None, typer.Option(metavar="NAME", help="how INPUTs are read: txt, jsonl, csv, tsv, parquet", show_default="by their names")
+        str | None, typer.Option(metavar="NAME", help="how to read: txt, jsonl, csv, tsv, parquet", show_default="by the names")
     ] = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="leave malformed rows out and count them", show_default="off")
