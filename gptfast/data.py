@@ -1,245 +1,189 @@
-"""Text to token shards, and token shards to batches.
+"""Text to token shards: what `gptfast prepare` does, so that it can be killed at any moment and goes on where it stopped.
 
-A data folder holds dataset.json, the tokenizer's files, and shards train_00000.bin, val_00000.bin ... A shard is a header of 1,024
-bytes (a magic line, JSON, spaces) and token ids as little-endian uint16 or uint32. Every split starts with <|endoftext|> and has
-one after each document, so that each token is predicted from something. The folder appears by rename when it is complete.
+The data folder OUT comes into being as OUT.partial and appears by rename when it is complete. progress.json in it says how much of
+the inputs is encoded and on disk; every ten seconds the shards are synced and it is replaced. A run that finds it cuts the shards
+back to what it says, reads the inputs up to that place without encoding them, and goes on. The shards depend on the inputs and the
+tokenizer alone: not on the number of processes, nor on where a run was stopped. sources.py reads, encoding.py encodes, shards.py
+writes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
-from torch import Tensor
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from gptfast.checkpoint import read_json, sync_folder, write_json
-from gptfast.errors import Error, LoadError, shown
+from gptfast.encoding import Encoder, Task
+from gptfast.errors import Error, LoadError
+from gptfast.pieces import Piece, cut, deal
+from gptfast.progress import Bar
+from gptfast.shards import (
+    HEADER,
+    MAGIC,
+    SHARD_TOKENS,
+    SPLITS,
+    VERSION,
+    Ids,
+    ShardWriter,
+    TokenData,
+    load,
+    read_meta,
+    verify,
+)
+from gptfast.sources import Reader, Source, find, opened, read_texts
 
 if TYPE_CHECKING:
     from gptfast.tokenizer import GPT2Tokenizer
 
-VERSION = 1
-MAGIC = b"gptfast-shard\n"
-HEADER = 1024  # bytes
-SHARD_TOKENS = 1 << 26
-SPLITS = ("train", "val")
-_ENCODE_CHARS = 1 << 20  # text encoded at once: bounds the memory of prepare
-_CUT = re.compile(r"\S\n(?=\S)")  # here GPT-2's pre-tokenizer ends a piece whatever follows, so a cut changes no token
+__all__ = [
+    "HEADER", "MAGIC", "SHARD_TOKENS", "SPLITS", "VERSION", "Ids", "ShardWriter", "TokenData", "check_new", "cut", "deal", "load",
+    "prepare", "read_meta", "read_texts", "verify",
+]  # fmt: skip
 
-Ids = npt.NDArray[Any]
-
-
-# ----------------------------------------------------------------------------------------------------------------- reading text
-
-
-class Piece(NamedTuple):
-    """Some text of a document; `ends` where the document does."""
-
-    text: str
-    split: str
-    ends: bool
-
-
-def _input_files(inputs: Sequence[str | Path]) -> list[Path]:
-    files: list[Path] = []
-    for item in map(Path, inputs):
-        if item.is_dir():
-            files += sorted(path for path in item.rglob("*") if path.suffix in (".txt", ".jsonl") and path.is_file())
-        elif not item.exists():
-            raise LoadError(f"input {item}: no such file or folder")
-        elif item.suffix not in (".txt", ".jsonl"):
-            raise Error(f"input {item}: allowed are .txt and .jsonl files and folders of them")
-        else:
-            files.append(item)
-    if not files:
-        raise Error(f"input {', '.join(map(str, inputs))}: no .txt or .jsonl file in it")
-    return files
-
-
-def _jsonl(path: Path) -> Iterator[str]:
-    """The "text" of every line of a .jsonl file; blank lines are skipped. Raises gptfast.LoadError with file and line."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise LoadError(f"{path}, line {number}: not JSON ({error})") from error
-            if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-                raise LoadError(f'{path}, line {number}: an object with a string "text" is needed')
-            yield value["text"]
-
-
-def read_texts(path: Path) -> Iterator[str]:
-    """The documents of one file: each line's of a .jsonl file, else the whole. Raises gptfast.LoadError where it is not UTF-8."""
-    if not path.is_file():
-        raise LoadError(f"data {path}: no such file")
-    if path.suffix == ".jsonl":
-        yield from _jsonl(path)
-    else:
-        yield "".join(_text_file(path))
-
-
-def _cut_at(text: str, size: int) -> int:
-    """Where to cut a piece of at least `size` characters off the front of `text`; 0 if more text is needed to tell."""
-    if len(text) < 2 * size:
-        return 0
-    match = _CUT.search(text, size)
-    if match:
-        return match.end()
-    return size if len(text) >= 16 * size else 0
-
-
-def cut(blocks: Iterable[str], size: int) -> Iterator[str]:
-    """The same text in pieces of about `size` characters, cut at line ends where the pieces have the tokens of the whole."""
-    rest = ""
-    for block in blocks:
-        rest += block
-        while at := _cut_at(rest, size):
-            yield rest[:at]
-            rest = rest[at:]
-    if rest:
-        yield rest
-
-
-def _text_file(path: Path) -> Iterator[str]:
-    """A .txt file in pieces, small enough that a part of them can be held out and large enough that few documents are cut."""
-    size = min(max(path.stat().st_size // 256, 1 << 12), 1 << 20)
-    with open(path, encoding="utf-8", newline="") as file:
-        try:
-            yield from cut(iter(lambda: file.read(size), ""), size)
-        except UnicodeDecodeError as error:
-            raise LoadError(f"{path}: not UTF-8 text (byte 0x{error.object[error.start]:02x})") from error
-
-
-def deal(text: str | bytes, val: float) -> str:
-    """The split a document belongs to: a function of its own text, so that copies of it never land in both."""
-    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-    return "val" if int.from_bytes(hashlib.sha256(data).digest()[:8], "big") < val * 2.0**64 else "train"
-
-
-def _pieces(path: Path, val: float) -> Iterator[Piece]:
-    """A .jsonl line is a document. A .txt file is one too, but a piece of it that is dealt to the other split ends the document."""
-    if path.suffix == ".jsonl":
-        for text in _jsonl(path):
-            split = deal(text, val)
-            parts = list(cut([text], _ENCODE_CHARS))
-            for number, part in enumerate(parts, 1):
-                yield Piece(part, split, number == len(parts))
-        return
-    last: Piece | None = None
-    for text in _text_file(path):
-        split = deal(text, val)
-        if last is not None:
-            yield last._replace(ends=last.split != split)
-        last = Piece(text, split, True)
-    if last is not None:
-        yield last
-
-
-# --------------------------------------------------------------------------------------------------------------- writing shards
-
-
-class ShardWriter:
-    """Writes the token ids of one split into numbered shards; `facts` (vocabulary, dtype, ...) go into every header."""
-
-    def __init__(self, folder: Path, split: str, facts: dict[str, Any], shard_tokens: int = SHARD_TOKENS) -> None:
-        self.folder, self.split, self.facts, self.limit = folder, split, facts, shard_tokens
-        self.dtype = np.dtype(facts["dtype"]).newbyteorder("<")
-        self.shards: list[dict[str, Any]] = []
-        self.tokens = self.documents = self.bytes = 0
-        self._file: Any = None
-
-    def write(self, ids: Sequence[int] | Ids) -> None:
-        """Appends ids."""
-        array = np.asarray(ids, dtype=self.dtype)
-        while array.size:
-            if self._file is None:
-                self._open()
-            part, array = array[: self.limit - self._count], array[self.limit - self._count :]
-            data = part.tobytes()
-            self._file.write(data)
-            self._digest.update(data)
-            self._count += part.size
-            self.tokens += part.size
-            if self._count == self.limit:
-                self._finish()
-
-    def _open(self) -> None:
-        self._name = f"{self.split}_{len(self.shards):05d}.bin"
-        self._file = open(self.folder / self._name, "wb")  # noqa: SIM115 - closed by _finish
-        self._file.write(b" " * HEADER)
-        self._digest, self._count = hashlib.sha256(), 0
-
-    def _finish(self) -> None:
-        facts = {"version": VERSION, "split": self.split, "tokens": self._count, **self.facts}
-        header = MAGIC + json.dumps(facts).encode()
-        self._file.seek(0)
-        self._file.write(header.ljust(HEADER - 1) + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
-        self.shards.append({"file": self._name, "tokens": self._count, "sha256": self._digest.hexdigest()})
-
-    def close(self) -> dict[str, Any]:
-        """Completes the last shard; returns the counts and the list of shards."""
-        if self._file is not None:
-            self._finish()
-        return {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes, "shards": self.shards}
-
-    def abandon(self) -> None:
-        """Closes what is open, whatever the disk says: left to the collector, an error there would be printed."""
-        with contextlib.suppress(OSError):
-            if self._file is not None:
-                self._file.close()
-
-
-def _encode(pieces: Iterable[Piece], tokenizer: GPT2Tokenizer, writers: dict[str, ShardWriter], report: Any) -> None:
-    """Encodes in batches of bounded size and hands each piece's ids to its split's writer."""
-    if tokenizer.eos_token_id is None:
-        raise Error("the tokenizer has no <|endoftext|>, which separates documents")
-    eos = [tokenizer.eos_token_id]
-    batch: list[Piece] = []
-
-    def flush() -> None:
-        for piece, ids in zip(batch, tokenizer([piece.text for piece in batch])["input_ids"], strict=True):
-            writer = writers[piece.split]
-            if not writer.tokens:
-                writer.write(eos)
-            writer.write(ids)
-            writer.bytes += len(piece.text.encode("utf-8", "surrogatepass"))
-            if piece.ends:
-                writer.write(eos)
-                writer.documents += 1
-        report(sum(writer.bytes for writer in writers.values()))
-        batch.clear()
-
-    waiting = 0
-    for piece in pieces:
-        batch.append(piece)
-        waiting += len(piece.text) + 100
-        if waiting >= _ENCODE_CHARS:
-            flush()
-            waiting = 0
-    if batch:
-        flush()
+COMMIT_EVERY = 10.0  # seconds: the most work that a kill costs
+_BATCH_CHARS = 1 << 20  # text encoded at once: bounds the memory of prepare
+_TRAIN_BYTES = 1 << 28  # a new tokenizer is trained on that much of the inputs; of more, an even share is drawn
+_STATE = "progress.json"
 
 
 def check_new(out: Path, flag: str = "--out") -> None:
     """Raises gptfast.Error if `out` exists and is not an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Error(f"output {out} exists and is not empty; name another with {flag}")
+
+
+class Place(NamedTuple):
+    """How far the inputs are encoded: `pieces` of source number `source`, whose digests make `chain`; `skipped` rows before it."""
+
+    source: int = 0
+    pieces: int = 0
+    chain: str = ""
+    skipped: int = 0
+
+
+class Done(NamedTuple):
+    """What a task stands for: where it ends, documents and bytes of each split in it; `position` in the inputs, in bytes."""
+
+    place: Place
+    documents: dict[str, int]
+    bytes: dict[str, int]
+    position: int
+
+
+# --------------------------------------------------------------------------------------------------------- the folder in the making
+
+
+def partial_of(out: Path) -> Path:
+    """Where the folder `out` comes into being."""
+    return out.with_name(f"{out.name}.partial")
+
+
+class Partial:
+    """OUT.partial: made or, where a run with these settings was interrupted, opened again; a context manager.
+
+    `state` is the last committed progress. When an error leaves it, the folder is removed unless something was committed. Raises
+    gptfast.Error where it belongs to a run with other settings or to one that is still running, LoadError where the disk is full.
+    """
+
+    def __init__(self, out: Path, settings: dict[str, Any], bar: Bar) -> None:
+        self.out, self.settings, self.bar = out, settings, bar
+        self.path = partial_of(out)
+        self.state: dict[str, Any] = {}
+        self.keep = False
+        self._lock: int | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path, os.O_RDONLY)
+            self._take()
+            self._open()
+        except BaseException as error:
+            self._release()
+            if isinstance(error, OSError) and not isinstance(error, Error):
+                if not self.keep:
+                    shutil.rmtree(self.path, ignore_errors=True)
+                raise LoadError(f"output {self.path}: {error.strerror or error}") from error
+            raise
+        return self
+
+    def _take(self) -> None:
+        try:
+            import fcntl
+        except ModuleNotFoundError:  # a system without it: two runs into one folder are the user's to avoid
+            return
+        try:
+            fcntl.flock(self._lock or 0, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Error(f"output {self.path}: another gptfast prepare is writing it") from None
+
+    def _open(self) -> None:
+        found = [path for path in self.path.iterdir() if path.name != f"{_STATE}.tmp"]
+        if found:  # a kill leaves names with a dot of files that were being written
+            if not (self.path / _STATE).exists():
+                raise Error(f"output {self.path} exists and is not what an interrupted run left; remove it or name another --out")
+            for path in self.path.glob(".*.tmp-*"):
+                path.unlink()
+            self.state = self._read()
+            self.keep = self.state.get("place") is not None
+        if not self.keep and not self.state.get("tokenizer"):
+            self.commit()
+
+    def _read(self) -> dict[str, Any]:
+        state = read_json(self.path / _STATE)
+        hint = "remove that folder to start again"
+        if not isinstance(state, dict) or state.get("version") != VERSION or not isinstance(state.get("settings"), dict):
+            raise LoadError(f"{self.path / _STATE}: not the progress of an interrupted run; {hint}")
+        old = state["settings"]
+        differ = [name for name in self.settings if old.get(name) != self.settings[name]]
+        if not differ:
+            return state
+        if state.get("place") is None:  # nothing is lost with it
+            for path in self.path.iterdir():
+                path.unlink()
+            return {}
+        raise Error(f"output {self.path} is of an interrupted run whose {', '.join(differ)} differ; repeat that command, or {hint}")
+
+    def commit(self, **progress: Any) -> None:
+        """Puts progress.json on disk: the settings and what else is known."""
+        self.state = {**self.state, **progress, "version": VERSION, "settings": self.settings}
+        write_json(self.path / f"{_STATE}.tmp", self.state)
+        os.replace(self.path / f"{_STATE}.tmp", self.path / _STATE)
+        sync_folder(self.path)
+        self.keep = self.state.get("place") is not None
+
+    def publish(self) -> None:
+        """The folder is complete: it becomes OUT."""
+        sync_folder(self.path)
+        if self.out.exists():
+            self.out.rmdir()  # check_new found it empty
+        os.replace(self.path, self.out)
+        sync_folder(self.out.absolute().parent)
+        (self.out / _STATE).unlink()
+        self.keep = True
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None and self.keep:
+            self.bar.say(f"what is finished is kept in {self.path}; the same command goes on from there")
+        elif error is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+        self._release()
+        if isinstance(error, OSError) and not isinstance(error, Error):
+            raise LoadError(f"output {self.out}: {error.strerror or error}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------------------ pipeline
 
 
 def prepare(
@@ -249,162 +193,206 @@ def prepare(
     train_tokenizer: int | None = None,
     val: float = 0.05,
     progress: bool = True,
+    *,
+    column: str = "text",
+    format: str | None = None,
+    skip_bad: bool = False,
+    processes: int | None = 1,
 ) -> dict[str, Any]:
-    """Turns .txt and .jsonl files, and folders of them, into a data folder; returns the contents of its dataset.json.
+    """Turns text into a data folder; returns the contents of its dataset.json.
 
-    inputs: a .jsonl line is {"text": ...} and one document. out: a folder that is new or empty. tokenizer: a folder, a hub id or a
-    tokenizer; or train_tokenizer: the vocabulary size of a new one, trained on the training split (default: 8192). val: fraction
-    of documents held out, decided by the hash of each document's text. Memory is bounded by the longest line. Raises gptfast.Error
-    for an empty corpus, a malformed line (with file and line), or an `out` that is not empty.
+    inputs: .txt, .jsonl, .csv, .tsv and .parquet files, folders of them, dataset folders of the library `datasets`, or "-" for
+    standard input; `format` is how they are read whatever their names. A row is a document, its text in `column`. out: a folder
+    that is new or empty. tokenizer: a folder, a hub id or a tokenizer; or train_tokenizer: the vocabulary size of a new one,
+    trained on the training split (default: 8192). val: fraction of documents held out, decided by the hash of each document's
+    text. skip_bad: malformed rows are left out and counted ("skipped"). processes: how many encode (1: this one on all its
+    threads; None: one a core, for longer texts); more than one start by importing the main script, which therefore must not call
+    this at its top level. Memory is bounded by the longest document. A run that was interrupted goes on when it is repeated. Raises
+    gptfast.Error for an empty corpus, a malformed row (with file and line), a column that is not there, text that is not UTF-8
+    (with the byte's offset), an `out` that is not empty, or a full disk.
     """
     from gptfast.tokenizer import GPT2Tokenizer
-    from gptfast.training.log import Line
 
     out = Path(out)
     if tokenizer is not None and train_tokenizer is not None:
         raise Error("tokenizer: give --tokenizer or --train-tokenizer, not both")
     if not 0 <= val < 1:
         raise Error(f"val is {val}; a fraction of at least 0 and below 1 is needed")
+    if processes is not None and not 1 <= processes <= 1024:
+        raise Error(f"processes is {processes}; allowed: 1 to 1024")
     check_new(out)
-    files = _input_files(inputs)
-    total = sum(path.stat().st_size for path in files)
-    with Line(progress) as line:
+    sources = find(inputs, format, without=partial_of(out))
+    if tokenizer is not None and not isinstance(tokenizer, GPT2Tokenizer):
+        tokenizer = GPT2Tokenizer.from_pretrained(tokenizer)
+    vocabulary = train_tokenizer or 8192
+    facts = [[source.name, source.kind, source.size, _changed_at(source)] for source in sources]
+    settings = {
+        "inputs": hashlib.sha256(json.dumps(facts).encode()).hexdigest(), "val": val, "column": column,
+        "tokenizer": vocabulary if tokenizer is None else tokenizer.fingerprint(),
+    }  # fmt: skip
+    with Bar(progress) as bar, Partial(out, settings, bar) as partial:
+        reader = Reader(column, skip_bad, bar.say)
         if tokenizer is None:
-            line.show("training the tokenizer")
-            text = (piece.text for path in files for piece in _pieces(path, val) if piece.split == "train")
-            tokenizer = GPT2Tokenizer.train(text, train_tokenizer or 8192)
-        elif not isinstance(tokenizer, GPT2Tokenizer):
-            tokenizer = GPT2Tokenizer.from_pretrained(tokenizer)
-        pieces = (piece for path in files for piece in _pieces(path, val) if piece.text)
-        return write(pieces, out, tokenizer, lambda done: line.show(f"encoding: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB"))
+            tokenizer, sources = _trained(partial, sources, reader, vocabulary, val)
+        with Encoder(tokenizer.to_json(), _end(tokenizer), processes) as encoder:
+            meta = _write(partial, sources, reader, tokenizer, val, encoder)
+        partial.publish()
+    return meta
 
 
-def write(pieces: Iterable[Piece], out: Path, tokenizer: GPT2Tokenizer, report: Any = lambda done: None) -> dict[str, Any]:
-    """Encodes `pieces` and writes the data folder `out`; returns the contents of its dataset.json. `report(bytes done)` is called
-    as it goes on. Raises gptfast.Error where there is no text, gptfast.LoadError where the disk is full."""
+def _changed_at(source: Source) -> int:
+    return source.path.stat().st_mtime_ns if source.path is not None else 0
+
+
+def _end(tokenizer: GPT2Tokenizer) -> int:
+    if tokenizer.eos_token_id is None:
+        raise Error("the tokenizer has no <|endoftext|>, which separates documents")
+    return tokenizer.eos_token_id
+
+
+def _trained(
+    partial: Partial, sources: list[Source], reader: Reader, size: int, val: float
+) -> tuple[GPT2Tokenizer, list[Source]]:
+    """A tokenizer trained on the sources, or the one that an interrupted run trained; and the sources to encode: standard input,
+    which is needed twice, is kept in a file."""
+    from gptfast.tokenizer import GPT2Tokenizer
+
+    kept = partial.path / "standard_input"
+    if partial.state.get("tokenizer"):
+        kept.unlink(missing_ok=True)
+        tokenizer = GPT2Tokenizer.from_pretrained(partial.path)
+        if tokenizer.fingerprint() != partial.state["tokenizer"]:
+            raise LoadError(f"{partial.path}: the tokenizer in it was altered; remove that folder to start again")
+        return tokenizer, sources
+    for number, source in enumerate(sources):
+        if source.path is None:
+            partial.bar.begin("reading standard input")
+            with opened(source) as file, open(kept, "wb") as copy:
+                while data := file.read(1 << 20):
+                    partial.bar.to(copy.tell() + copy.write(data))
+            sources[number] = source._replace(path=kept, size=kept.stat().st_size)
+    total = sum(source.size for source in sources)
+    partial.bar.begin("training the tokenizer", total)
+    # bad rows are reported when they are encoded
+    texts = _sample(sources, Reader(reader.column, reader.skip_bad), val, _TRAIN_BYTES / max(total, 1), partial.bar)
+    tokenizer = GPT2Tokenizer.train(texts, size)
+    tokenizer.save_pretrained(partial.path)
+    partial.commit(tokenizer=tokenizer.fingerprint())
+    return tokenizer, sources
+
+
+def _sample(sources: list[Source], reader: Reader, val: float, share: float, bar: Bar) -> Iterator[str]:
+    """The training split's text, or about `share` of it, chosen by other bytes of the hash than the split is."""
+    before = 0
+    for source in sources:
+        for piece in reader.pieces(source, val):
+            bar.to(before + reader.position)
+            if piece.split == "train" and int.from_bytes(piece.digest[8:16], "big") < share * 2.0**64:
+                yield piece.text
+        before += source.size
+
+
+def _placed(sources: list[Source], reader: Reader, val: float, start: Place) -> Iterator[tuple[Piece, Place]]:
+    """Every piece after `start`, with the place behind it. Raises gptfast.LoadError where what comes before is not what it was."""
+    reader.skipped = start.skipped
+    for number in range(start.source, len(sources)):
+        source, skipped, chain, count = sources[number], reader.skipped, b"", 0
+        before = start.pieces if number == start.source else 0
+        for piece in reader.pieces(source, val):
+            count += 1
+            chain = hashlib.sha256(chain + piece.digest).digest()
+            if count > before:
+                yield piece, Place(number, count, chain.hex(), skipped)
+            elif count == before and chain.hex() != start.chain:
+                break
+        if count < before or (count == before and count and chain.hex() != start.chain):
+            raise LoadError(f"{source.name}: changed since the run that is to go on was interrupted")
+
+
+def _tasks(sources: list[Source], reader: Reader, val: float, start: Place) -> Iterator[tuple[Task, Done]]:
+    """The pieces in batches of bounded size."""
+    sizes = [0, *(source.size for source in sources)]
+    batch: list[tuple[Piece, Place]] = []
+    waiting = 0
+
+    def made() -> tuple[Task, Done]:
+        pieces, place = [piece for piece, _ in batch], batch[-1][1]
+        documents, lengths = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+        for piece in pieces:
+            documents[piece.split] += piece.ends
+            lengths[piece.split] += piece.size
+        task = Task([piece.text for piece in pieces], [piece.split for piece in pieces], [piece.ends for piece in pieces])
+        return task, Done(place, documents, lengths, sum(sizes[: place.source + 1]) + reader.position)
+
+    for piece, place in _placed(sources, reader, val, start):
+        batch.append((piece, place))
+        waiting += len(piece.text) + 100
+        if waiting >= _BATCH_CHARS:
+            yield made()
+            batch, waiting = [], 0
+    if batch:
+        yield made()
+
+
+def _write(
+    partial: Partial, sources: list[Source], reader: Reader, tokenizer: GPT2Tokenizer, val: float, encoder: Encoder
+) -> dict[str, Any]:
+    """Encodes the sources, or what is left of them, into the folder in the making; returns the contents of its dataset.json."""
     size = len(tokenizer)
     vocabulary = {"vocab_size": size, "vocabulary": tokenizer.fingerprint(), "eos_token_id": tokenizer.eos_token_id}
     facts = {"dtype": "uint16" if size <= 1 << 16 else "uint32", **vocabulary}
-    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    writers = {split: ShardWriter(temporary, split, facts) for split in SPLITS}
+    writers = {split: ShardWriter(partial.path, split, facts) for split in SPLITS}
     try:
-        temporary.mkdir(parents=True)
-        _encode(pieces, tokenizer, writers, report)
-        if not writers["train"].tokens and not writers["val"].tokens:
-            raise Error("the corpus is empty: no text in any of the inputs")
-        if not writers["train"].tokens:
-            raise Error("the corpus is too small: every document was held out; give more text or a smaller --val")
-        meta = {"format": "gptfast-dataset", "version": VERSION, **facts, **{name: writers[name].close() for name in SPLITS}}
-        tokenizer.save_pretrained(temporary)
-        write_json(temporary / "dataset.json", meta)
-        sync_folder(temporary)
-        if out.exists():
-            out.rmdir()  # check_new found it empty
-        os.replace(temporary, out)
-        sync_folder(out.absolute().parent)
-    except OSError as error:
-        if isinstance(error, Error):
-            raise
-        raise LoadError(f"output {out}: {error.strerror or error}") from error
+        start = _resume(partial, writers)
+        partial.bar.begin("encoding", sum(source.size for source in sources))
+        _encode(partial, encoder.map(_tasks(sources, reader, val, start)), writers)
+        for split, reason in (("val", "is empty: no text in any of the inputs"), ("train", _TOO_SMALL)):
+            if not writers["train"].tokens and (split == "train" or not writers["val"].tokens):
+                partial.keep = False
+                raise Error(f"the corpus {reason}")
+        splits = {split: writer.close() for split, writer in writers.items()}
     finally:
         for writer in writers.values():
             writer.abandon()
-        shutil.rmtree(temporary, ignore_errors=True)
+    meta = {"format": "gptfast-dataset", "version": VERSION, **facts, **splits, "skipped": reader.skipped}
+    tokenizer.save_pretrained(partial.path)
+    (partial.path / "standard_input").unlink(missing_ok=True)
+    write_json(partial.path / "dataset.json", meta)
     return meta
 
 
-# ---------------------------------------------------------------------------------------------------------------- reading shards
+_TOO_SMALL = "is too small: every document was held out; give more text or a smaller --val"
 
 
-def _read_shard(path: Path, meta: dict[str, Any]) -> Ids:
-    """The ids of one shard as a memory map, after its header was compared with dataset.json and its own size."""
+def _resume(partial: Partial, writers: dict[str, ShardWriter]) -> Place:
+    """Where the interrupted run stopped, with its shards opened again; Place() for a new one."""
+    if partial.state.get("place") is None:
+        for path in partial.path.glob("*.bin"):
+            path.unlink()
+        return Place()
     try:
-        with open(path, "rb") as file:
-            header = file.read(HEADER)
-        size = path.stat().st_size
-    except OSError as error:
-        raise LoadError(f"shard {path}: {error.strerror or error}") from error
-    try:
-        facts = json.loads(header[len(MAGIC) :]) if header.startswith(MAGIC) and len(header) == HEADER else None
-        if not isinstance(facts, dict):
-            raise ValueError
-        version, dtype, tokens, vocabulary = facts["version"], facts["dtype"], int(facts["tokens"]), facts["vocabulary"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise LoadError(f"shard {path}: not a gptfast shard (its header is damaged)") from None
-    if version != VERSION:
-        raise LoadError(f"shard {path}: version {version}, this gptfast reads {VERSION}")
-    if vocabulary != meta["vocabulary"] or dtype != meta["dtype"] or dtype not in ("uint16", "uint32"):
-        names = f"{vocabulary!s:.12}, {dtype}", f"{meta['vocabulary']:.12}, {meta['dtype']}"
-        raise LoadError(f"shard {path}: made with another tokenizer ({names[0]}) than its folder's ({names[1]})")
-    kind = np.dtype(dtype).newbyteorder("<")
-    if tokens < 1 or size != HEADER + tokens * kind.itemsize:
-        raise LoadError(f"shard {path}: {size} bytes, its header says {HEADER + tokens * kind.itemsize}: truncated or damaged")
-    return np.memmap(path, dtype=kind, mode="r", offset=HEADER, shape=(tokens,))
+        place = Place(**partial.state["place"])
+        for split, writer in writers.items():
+            writer.resume(partial.state["splits"][split])
+    except (KeyError, TypeError, LoadError) as error:
+        reason = str(error) if isinstance(error, LoadError) else f"{partial.path / _STATE}: malformed"
+        raise LoadError(f"{reason}; remove {partial.path} to start again") from error
+    partial.bar.say(f"going on after {sum(writer.tokens for writer in writers.values()):,} tokens in {partial.path}")
+    return place
 
 
-class TokenData:
-    """One split: token ids in one or more arrays that are read as one. `bytes` of text behind them (0: unknown)."""
-
-    def __init__(self, parts: Sequence[Ids], eos_token_id: int | None = None, fingerprint: str = "", bytes: int = 0) -> None:
-        self.parts, self.eos_token_id, self.bytes = list(parts), eos_token_id, bytes
-        self.starts = np.cumsum([0, *(len(part) for part in parts)])
-        self.fingerprint = fingerprint
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    @classmethod
-    def from_ids(cls, ids: Tensor | Ids | Sequence[int], eos_token_id: int | None = None) -> TokenData:
-        """From ids [N] in memory."""
-        array = np.ascontiguousarray(ids.cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids))
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise Error(f"token ids have shape {array.shape} and dtype {array.dtype}; one dimension of whole numbers is needed")
-        return cls([array], eos_token_id, hashlib.sha256(array.astype("<i8").tobytes()).hexdigest())
-
-    def read(self, start: int, count: int) -> Ids:
-        """ids [start, start + count) as int64."""
-        out = np.empty(count, dtype=np.int64)
-        part, done = int(np.searchsorted(self.starts, start, side="right")) - 1, 0
-        while done < count:
-            offset = start + done - int(self.starts[part])
-            piece = self.parts[part][offset : offset + count - done]
-            out[done : done + len(piece)] = piece
-            done, part = done + len(piece), part + 1
-        return out
-
-
-def read_meta(folder: Path | str) -> dict[str, Any]:
-    """dataset.json of a data folder. Raises gptfast.LoadError where the folder is none."""
-    path = Path(folder) / "dataset.json"
-    if not path.exists():
-        raise LoadError(f"data {folder}: no dataset.json in it; `gptfast prepare` makes a data folder")
-    meta = read_json(path)
-    if not isinstance(meta, dict) or meta.get("format") != "gptfast-dataset":
-        raise LoadError(f"{path}: not a gptfast data set")
-    if meta.get("version") != VERSION:
-        raise LoadError(f"{path}: version {meta.get('version')}, this gptfast reads {VERSION}")
-    try:
-        for split in SPLITS:
-            for shard in meta[split]["shards"]:
-                if Path(shard["file"]).name != shard["file"]:
-                    raise LoadError(f"{path}: names the shard {shown(shard['file'])}, which is outside the folder")
-                str(shard["sha256"] + ""), int(shard["tokens"])
-            int(meta[split]["bytes"])
-        str(meta["vocabulary"] + meta["dtype"]), int(meta["vocab_size"]), int(meta["eos_token_id"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        if isinstance(error, Error):
-            raise
-        raise LoadError(f"{path}: malformed ({shown(error)})") from error
-    return meta
-
-
-def load(folder: Path | str, split: str = "train") -> TokenData:
-    """One split, "train" or "val", of a data folder, memory-mapped. Raises gptfast.LoadError for a shard that is damaged or made
-    with another tokenizer."""
-    meta = read_meta(folder)
-    facts = meta[split]
-    parts = [_read_shard(Path(folder) / shard["file"], meta) for shard in facts["shards"]]
-    if [len(part) for part in parts] != [shard["tokens"] for shard in facts["shards"]]:
-        raise LoadError(f"data {folder}: its shards hold other numbers of tokens than dataset.json says")
-    fingerprint = hashlib.sha256("".join(shard["sha256"] for shard in facts["shards"]).encode()).hexdigest()
-    return TokenData(parts, meta["eos_token_id"], fingerprint, facts["bytes"])
+def _encode(partial: Partial, results: Iterable[tuple[dict[str, Any], Done]], writers: dict[str, ShardWriter]) -> None:
+    committed = time.monotonic()
+    for ids, done in results:
+        for split, array in ids.items():
+            writer = writers[split]
+            if not writer.tokens:
+                writer.write([writer.facts["eos_token_id"]])
+            writer.write(array)
+            writer.documents += done.documents[split]
+            writer.bytes += done.bytes[split]
+        partial.bar.to(done.position)
+        if time.monotonic() - committed >= COMMIT_EVERY:
+            splits = {split: writer.sync() for split, writer in writers.items()}
+            partial.commit(place=done.place._asdict(), splits=splits)
+            committed = time.monotonic()

@@ -24,6 +24,7 @@ from typing import Any
 PACKAGE = Path(__file__).resolve().parent
 EXTRAS = {  # extra -> (modules that it brings, what they are for)
     "plot": (("matplotlib",), "pictures of training curves"),
+    "data": (("pyarrow",), "Parquet files and dataset folders as input"),
     "triton": (("triton",), "GPU kernels in Triton"),
     "build": (("ninja", "pybind11"), "building the C++ and CUDA extensions"),
     "test": (("pytest", "transformers", "tiktoken", "hypothesis"), "the test suite"),

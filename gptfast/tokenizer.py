@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gptfast import hub
 from gptfast.errors import Error, LoadError
+from gptfast.tokenizer_files import added, content, read_merges, read_tokenizer_json
 
 END = "<|endoftext|>"
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -133,15 +134,15 @@ class GPT2Tokenizer:
         settings = hub.read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
         if settings.get("add_bos_token"):
             raise LoadError(f"{folder / 'tokenizer_config.json'}: add_bos_token is true, which gptfast does not support")
-        names = {name: _content(settings.get(name)) for name in ("eos_token", "bos_token", "pad_token")}
+        names = {name: content(settings.get(name)) for name in ("eos_token", "bos_token", "pad_token")}
         if (folder / "tokenizer.json").exists():
-            vocabulary, merges, special, ordinary, prefix = _read_tokenizer_json(folder / "tokenizer.json")
+            vocabulary, merges, special, ordinary, prefix = read_tokenizer_json(folder / "tokenizer.json")
         else:
             vocabulary = hub.read_json(folder / "vocab.json")
-            merges, prefix = _read_merges(folder / "merges.txt"), bool(settings.get("add_prefix_space"))
+            merges, prefix = read_merges(folder / "merges.txt"), bool(settings.get("add_prefix_space"))
             tokens = settings.get("added_tokens_decoder")
             listed = [{"id": index, **token} for index, token in tokens.items()] if isinstance(tokens, dict) else []
-            special, ordinary = _added(folder / "tokenizer_config.json", listed)
+            special, ordinary = added(folder / "tokenizer_config.json", listed)
         for token in (END, *names.values()):
             if token is not None and token in vocabulary:
                 special[token] = vocabulary[token]
@@ -193,6 +194,11 @@ class GPT2Tokenizer:
             writer.json("vocab.json", dict(sorted(self._vocabulary.items(), key=lambda item: item[1])))
             writer.path("merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
             writer.json("tokenizer_config.json", settings)
+
+    def to_json(self) -> str:
+        """The pipeline as tokenizer.json holds it: what another process needs to encode the same way."""
+        text: str = self._plain.to_str()
+        return text
 
     def to_bytes(self) -> bytes:
         """Everything that from_bytes() needs, as JSON: what a packed file holds, and faster to read than tokenizer.json."""
@@ -366,55 +372,3 @@ def _tensor(rows: list[list[int]]) -> Tensor:
     if len(lengths) > 1:
         raise Error(f"rows of {min(lengths)} and {max(lengths)} tokens make no tensor; padding=True fills them up")
     return torch.tensor(rows, dtype=torch.int64).view(len(rows), -1 if rows and rows[0] else 0)
-
-
-def _content(token: Any) -> str | None:
-    """The text of a special token, which files write as a string or as an object."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
-
-
-def _read_merges(path: Path) -> list[tuple[str, str]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoadError(f"{path} cannot be read: {error}") from None
-    return list(_pairs(path, (line for line in lines if line and not line.startswith("#version"))))
-
-
-def _pairs(path: Path, merges: Iterable[Any]) -> Iterator[tuple[str, str]]:
-    for number, merge in enumerate(merges):
-        parts = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(part, str) for part in parts):
-            raise LoadError(f"{path}: merge {number} is {str(merge)[:80]!r}; two tokens are needed")
-        yield parts[0], parts[1]
-
-
-def _added(path: Path, tokens: Any) -> tuple[dict[str, int], set[str]]:
-    """Text -> id of the tokens that were added to a vocabulary, and those of them that are not special."""
-    special: dict[str, int] = {}
-    ordinary: set[str] = set()
-    for token in tokens if isinstance(tokens, list) else []:
-        text = _content(token)
-        if not text or not isinstance(token, dict) or not str(token.get("id")).isdecimal():
-            raise LoadError(f"{path}: an added token is {str(token)[:80]}; an object of content and id is needed")
-        special[text] = int(token["id"])
-        if token.get("special") is False:
-            ordinary.add(text)
-    return special, ordinary
-
-
-def _read_tokenizer_json(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int], set[str], bool]:
-    """Vocabulary, merges, added tokens and add_prefix_space of a tokenizer.json that describes GPT-2's pipeline."""
-    whole = hub.read_json(path)
-    model, split = whole.get("model"), whole.get("pre_tokenizer")
-    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or model.get("dropout"):
-        raise LoadError(f"{path}: the model is not a plain BPE")
-    if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
-        raise LoadError(f"{path}: the model has no vocab and merges")
-    if whole.get("normalizer") is not None or not isinstance(split, dict) or split.get("type") != "ByteLevel":
-        raise LoadError(f"{path}: normalizer and pre_tokenizer are not GPT-2's (none, and ByteLevel)")
-    if not split.get("use_regex", True):
-        raise LoadError(f"{path}: the pre_tokenizer does not split text (use_regex is false)")
-    special, ordinary = _added(path, whole.get("added_tokens"))
-    return model["vocab"], list(_pairs(path, model["merges"])), special, ordinary, bool(split.get("add_prefix_space"))

@@ -121,10 +121,19 @@ def doctor(
     common: Common,
     given: dict[str, Any],
     verify: Annotated[
-        str | None, typer.Option("--verify", metavar="FILE", help="read a packed file and check all of it", show_default="none")
+        str | None,
+        typer.Option("--verify", metavar="FILE", help="read a packed file or data folder and check all of it", show_default="none"),
     ] = None,
 ) -> dict[str, Any]:
-    """Say what this installation has, what it lacks, and the command that adds it; or whether a packed file is whole."""
+    """Say what this installation has, what it lacks, and the command that adds it; or whether a file or data folder is whole."""
+    if verify is not None and Path(verify).is_dir():
+        from gptfast.data import verify as read
+
+        meta = read(verify)
+        counts = {split: meta[split]["tokens"] for split in ("train", "val")}
+        if not common.json:
+            print(f"{verify}: whole; {counts['train']:,} tokens to train on, {counts['val']:,} held out")
+        return {"folder": verify, "vocabulary": meta["vocabulary"], **counts}
     if verify is not None:
         from gptfast import packed
 

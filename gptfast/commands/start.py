@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gptfast.commands import START, TRAIN, Common, Config, PrintConfig, command, running
+from gptfast.commands import START, TRAIN, Common, Config, PrintConfig, command, note, running
 from gptfast.config import GPT2Config, TrainConfig
 from gptfast.errors import Error
 from gptfast.options import keys, layers, to_yaml
@@ -26,20 +26,38 @@ def demo(
         return dict(run(minutes=minutes, out=out, seed=common.seed))
 
 
+_INPUTS = ".txt, .jsonl, .csv, .tsv, .parquet, folders of them, dataset folders; - is standard input"
+
+
 @command(TRAIN)
 def prepare(
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help=".txt, .jsonl, folders of them", show_default=False)],
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help=_INPUTS, show_default=False)],
     out: Annotated[str, typer.Option(metavar="DIR", help="new folder for the token shards", show_default="required")],
     common: Common,
     given: dict[str, Any],
     tokenizer: Annotated[str | None, typer.Option(metavar="MODEL", help="whose tokenizer to use", show_default="none")] = None,
     train_tokenizer: Annotated[int | None, typer.Option(metavar="INT", help="vocabulary of a new one", show_default="8192")] = None,
     val: Annotated[float, typer.Option(metavar="NUMBER", help="fraction of the documents held out")] = 0.05,
+    column: Annotated[str, typer.Option(metavar="NAME", help="column, or key of a JSON line, that holds the text")] = "text",
+    format: Annotated[
+        str | None, typer.Option(metavar="NAME", help="how to read: txt, jsonl, csv, tsv, parquet", show_default="by the names")
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="leave malformed rows out and count them", show_default="off")
+    ] = False,
+    processes: Annotated[
+        int | None, typer.Option(metavar="INT", help="how many encode", show_default="one a core, for longer texts")
+    ] = None,
 ) -> dict[str, Any]:
-    """Turn text into token shards for `gptfast train`."""
+    """Turn text into token shards for `gptfast train`. One that was interrupted goes on when it is repeated."""
     from gptfast.data import prepare as build
 
-    meta = build(inputs, out, tokenizer=tokenizer, train_tokenizer=train_tokenizer, val=val)
+    meta = build(
+        inputs, out, tokenizer=tokenizer, train_tokenizer=train_tokenizer, val=val, column=column, format=format, skip_bad=skip_bad,
+        processes=processes,
+    )  # fmt: skip
+    if meta["skipped"]:
+        note(f"{meta['skipped']:,} malformed rows were left out")
     if not common.json:
         counts = [meta[split]["tokens"] for split in ("train", "val")]
         print(f"{out}: {counts[0]:,} tokens to train on, {counts[1]:,} held out, vocabulary {meta['vocab_size']:,}")
