@@ -175,6 +175,9 @@ class TrainConfig:
     dtype: str = option("fp32", "dtype of the computation; parameters, gradients and optimizer are fp32", choices=("fp32", "bf16"))
     device: str = option("auto", "where it runs; auto is cuda where there is a GPU", choices=("auto", "cpu", "cuda"))
     threads: int | None = option(None, "CPU threads (default: PyTorch's choice)", low=1)
+    parallel: str = option(
+        "ddp", "under torchrun: ddp keeps the model on every process, fsdp splits parameters and optimizer", choices=("ddp", "fsdp")
+    )
     seed: int = option(0, "seed of the initial weights, the order of the data and dropout", low=0, high=2**63 - 1)
     log_every: int = option(10, "steps between two lines of log.jsonl", low=1)
     eval_every: int = option(250, "steps between two evaluations (0: none)", low=0)

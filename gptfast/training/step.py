@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import gptfast.backend as backend
-from gptfast import ops
+from gptfast.training.distributed import Parallel
 from gptfast.training.loader import Batch
 from gptfast.training.optimizer import AdamW
 
@@ -63,16 +63,20 @@ class Step:
     is part of the factor that the optimizer multiplies gradients with anyway. A step whose gradient is not finite changes nothing.
     """
 
-    def __init__(self, model: nn.Module, optimizer: AdamW, dtype: torch.dtype = torch.float32, clip: float = 1.0) -> None:
-        self.model, self.optimizer, self.clip = model, optimizer, clip
+    def __init__(
+        self, model: nn.Module, optimizer: AdamW, dtype: torch.dtype = torch.float32, clip: float = 1.0,
+        parallel: Parallel | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.optimizer, self.clip, self.parallel = model, optimizer, clip, parallel or Parallel()
         self.params: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
         device = self.params[0].device
         self._lr = torch.zeros(1, device=device)
         self._memory = backend.step_memory(device)
-        self.copies = None if dtype == torch.float32 else [p.detach().to(dtype) for p in self.params]
+        self.copies = None if dtype == torch.float32 or self.parallel.casts else [p.detach().to(dtype) for p in self.params]
         self._dtype = dtype
         optimizer.reserve()
         self._groups, self._frozen = self._sites()
+        self.parallel.attach(self)
 
     def _sites(self) -> tuple[list[list[_Site]], list[tuple[nn.Module, str]]]:
         """The uses of trained parameters, those of one block together, and the uses of frozen ones. Embedding tables are left out:
@@ -135,15 +139,16 @@ class Step:
 
     def _update(self, batches: Iterable[Batch], lr: float) -> StepResult:
         total = count = None
-        for batch in batches:
-            loss, targets = self.loss_sum(batch)
+        for batch in self.parallel.exchanging(batches):
+            loss, targets = self.parallel.loss_sum(self, batch)
             loss.backward()  # type: ignore[no-untyped-call]
             total = loss.detach() if total is None else total + loss.detach()
             count = targets if count is None else count + targets
         assert total is not None and count is not None, "a step needs a microbatch"
         with torch.no_grad():
+            total, count = self.parallel.total(total, count)
             mean = count.clamp(min=1).float().reciprocal()
-            norm, finite = ops.grad_norm([p.grad for p in self.params if p.grad is not None])
+            norm, finite = self.parallel.grad_norm(self.params)
             norm = norm * mean
             scale = mean * (self.clip / (norm + 1e-6)).clamp(max=1.0) if self.clip else mean.view(1)
             self.optimizer.update(self._lr.fill_(lr), scale, finite, self.copies)

@@ -22,6 +22,7 @@ from gptfast import checkpoint
 from gptfast.config import TrainConfig
 from gptfast.data import TokenData
 from gptfast.errors import Error, LoadError
+from gptfast.training.distributed import start
 from gptfast.training.loader import Batch, DataSource, Loader
 from gptfast.training.log import Line, Log, duration
 from gptfast.training.optimizer import AdamW, groups
@@ -49,6 +50,8 @@ class Trainer:
     ) -> None:
         self.model, self.config, self.tokenizer, self.quiet = model, config or TrainConfig(), tokenizer, quiet
         config = self.config
+        self.parallel = start(config)
+        self.rows = self.parallel.rows(config)
         self.device = resolve_device(config.device)
         wrong = next((n for n, p in model.named_parameters() if p.dtype != torch.float32), None)
         if wrong is not None:
@@ -59,17 +62,19 @@ class Trainer:
         self.loader = self._source(train)
         self.val = self._held_out(val)
         model.to(self.device)
-        decayed = groups(model.named_parameters(), config.weight_decay)
+        self.parameters = self.parallel.prepare(model, DTYPES[config.dtype])
+        decayed = groups(self.parameters.items(), config.weight_decay)
         self.optimizer = AdamW(decayed, config.lr, (config.beta1, config.beta2), config.eps)
-        self.step = Step(model, self.optimizer, DTYPES[config.dtype], config.clip)
-        self.microbatch = min(config.microbatch or config.batch, config.batch)
+        self.step = Step(model, self.optimizer, DTYPES[config.dtype], config.clip, self.parallel)
+        self.microbatch = min(config.microbatch or self.rows, self.rows)
         self.done = self.skipped = self.tokens = 0  # steps, skipped ones, tokens seen
         self.out = Path(config.out) if config.out else None
         self.log = Log(None)
         self._recent: list[StepResult] = []
         self._seconds = self._interval = 0.0
         self._counted = self._logged = self._barren = 0
-        self._signal: int | None = None
+        self._signal: int | None = None  # that this process got
+        self._stop: int | None = None  # that any process got
         self._saved = -1
         self.loss = math.nan
 
@@ -103,11 +108,14 @@ class Trainer:
         self._open(resume)
         self.model.train()
         config = self.config
-        with Line(not self.quiet) as line, self._signals():
+        with Line(self.parallel.main and not self.quiet) as line, self._signals():
             while self.done < config.steps:
-                start = time.perf_counter()
+                start, tokens = time.perf_counter(), self.tokens
+                self.parallel.seed(config.seed, self.done)
                 result = self.step(self._microbatches(self.done), learning_rate(self.done, config))
                 self.done += 1
+                seen, self._stop = self.parallel.agree(self.tokens - tokens, self._signal)
+                self.tokens = tokens + seen
                 self._recent.append(result)
                 if self.done % config.log_every == 0 or self.done == config.steps or line.due():
                     self.loss = float(result.loss)  # waits for the device, so that the seconds below are real
@@ -123,9 +131,9 @@ class Trainer:
         }
 
     def _microbatches(self, step: int) -> Iterator[Batch]:
-        first = step * self.config.batch
-        for offset in range(0, self.config.batch, self.microbatch):
-            count = min(self.microbatch, self.config.batch - offset)
+        first = step * self.config.batch + self.parallel.rank * self.rows
+        for offset in range(0, self.rows, self.microbatch):
+            count = min(self.microbatch, self.rows - offset)
             batch = self.loader.samples(first + offset, count)
             self.tokens += batch.tokens
             yield batch.to(self.device)
@@ -139,12 +147,12 @@ class Trainer:
         if self.val is not None and config.eval_every and (self.done % config.eval_every == 0) and not last:
             values = self.evaluate()
             line.say(f"step {self.done:,}: held-out loss {values['val_loss']:.4f} ± {values['val_ci']:.4f}")
-        if self.out and config.save_every and (self.done % config.save_every == 0 or last or self._signal is not None):
+        if self.out and config.save_every and (self.done % config.save_every == 0 or last or self._stop is not None):
             self._save(line)
-        if self._signal is not None:
+        if self._stop is not None:
             self._write_log(line)
             line.say(f"stopped at step {self.done:,}; --resume goes on from step {max(self._saved, 0):,}")
-            raise SystemExit(EXIT_CODES[signal.Signals(self._signal)] if self._saved >= 0 else 1)
+            raise SystemExit(EXIT_CODES[signal.Signals(self._stop)] if self._saved >= 0 else 1)
 
     def _write_log(self, line: Line) -> None:
         """Reads the results of the steps since the last time (the one wait for the device) and logs them."""
@@ -188,50 +196,55 @@ class Trainer:
         count = min(self.config.eval_sequences, self.val.windows)
         numbers = [number * self.val.windows // count for number in range(count)]
         self.model.eval()
-        sums, targets = [], []
-        for first in range(0, count, self.microbatch):
-            loss, found = self.step.loss_sum(self.val.rows(numbers[first : first + self.microbatch]).to(self.device))
-            sums.append(float(loss))
-            targets.append(int(found))
+        parts = [numbers[first : first + self.microbatch] for first in range(0, count, self.microbatch)]
+        sums, targets = zip(*self.parallel.spread(self._loss_of, parts), strict=True)
         self.model.train()
-        total, parts = max(sum(targets), 1), len(sums)
+        total = max(sum(targets), 1)
         mean = sum(sums) / total
         # of a ratio of two sums (Cochran 1977, "Sampling Techniques", 6.4); with equal counts that of a mean
         off = sum((loss - mean * found) ** 2 for loss, found in zip(sums, targets, strict=True))
-        values = {"val_loss": mean, "val_ci": 1.96 * math.sqrt(off * parts / max(parts - 1, 1)) / total}
+        values = {"val_loss": mean, "val_ci": 1.96 * math.sqrt(off * len(parts) / max(len(parts) - 1, 1)) / total}
         if self.val.bytes_per_target:
             values["val_bits_per_byte"] = mean / self.val.bytes_per_target / math.log(2)
         self.log.write("eval", step=self.done, **values)
         return values
 
+    def _loss_of(self, numbers: list[int]) -> tuple[float, float]:
+        """Sum of the losses and number of targets of some held-out rows."""
+        assert self.val is not None
+        loss, targets = self.step.loss_sum(self.val.rows(numbers).to(self.device))
+        return float(loss), float(targets)
+
     # ------------------------------------------------------------------------------------------------------- folder, save, resume
 
     def _open(self, resume: bool) -> None:
         """Starts afresh, or from the newest checkpoint; opens the log."""
-        if self.out is not None:
+        resume = resume or self.parallel.restarted
+        if self.out is not None and self.parallel.main:
             check_out(self.out, resume)
             self.out.mkdir(parents=True, exist_ok=True)
-        found = checkpoint.newest(self.out) if resume and self.out is not None else None
+        found = self.parallel.newest(self.out) if resume and self.out is not None else None
         if found is None:
             if resume:
                 warnings.warn(f"run {self.out} has no checkpoint: starting from step 0", stacklevel=3)
             torch.manual_seed(self.config.seed)
         else:
             self._load(found[1])
-        self.log = Log(None if self.out is None else self.out / "log.jsonl")
+        self.log = Log(self.out / "log.jsonl" if self.out is not None and self.parallel.main else None)
         facts = {"config": dataclasses.asdict(self.config), "model": dataclasses.asdict(self.model.config)}
         event = "resume" if self.done else "start"
         self.log.write(event, step=self.done, data=self.loader.fingerprint, torch=torch.__version__, **facts)
 
     def _named(self) -> dict[str, Tensor]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return {name: p for name, p in self.parameters.items() if p.requires_grad}
 
     def _save(self, line: Line) -> None:
         """A checkpoint of this step; a disk that is full or gone is a warning, and the last good one stays."""
         assert self.out is not None
         self._write_log(line)
         try:
-            checkpoint.save(self.out, self.done, self._fill, self.config.keep)
+            out, step, keep = self.out, self.done, self.config.keep
+            self.parallel.save(lambda fill: checkpoint.save(out, step, fill, keep), self._fill)
             self._saved = self.done
         except OSError as error:
             reason = error.strerror or str(error)
@@ -243,8 +256,8 @@ class Trainer:
         optimizer: dict[str, Tensor] = {}
         for name, p in self._named().items():
             optimizer |= {f"{key}.{name}": value for key, value in self.optimizer.state[p].items()}
-        folder.tensors("model.safetensors", dict(self.model.named_parameters()))
-        folder.tensors("optimizer.safetensors", optimizer)
+        folder.tensors("model.safetensors", self.parallel.whole(self.parameters))
+        folder.tensors("optimizer.safetensors", self.parallel.whole(optimizer))
         folder.tensors("random.safetensors", states)
         folder.json("state.json", {
             "version": checkpoint.VERSION, "step": self.done, "skipped": self.skipped, "tokens": self.tokens,
@@ -262,13 +275,14 @@ class Trainer:
             raise Error(f"resume: the training data is not what {folder} was trained on; give the same --data, or another --out")
         weights, moments = (checkpoint.read_tensors(folder / f"{name}.safetensors") for name in ("model", "optimizer"))
         with torch.no_grad():
-            for name, p in self.model.named_parameters():
-                if name not in weights or weights[name].shape != p.shape:
+            for name, p in self.parameters.items():
+                part = self.parallel.part(name, weights[name]) if name in weights else None
+                if part is None or part.shape != p.shape:
                     raise LoadError(f"resume: {folder} holds another model: {name} does not fit")
-                p.copy_(weights[name])
+                p.copy_(part)
         step = torch.zeros(1, device=self.device)
         for name, p in self._named().items():
-            values = {key: moments[f"{key}.{name}"].to(self.device) for key in ("exp_avg", "exp_avg_sq", "step")}
+            values = {k: self.parallel.part(name, moments[f"{k}.{name}"]).to(self.device) for k in ("exp_avg", "exp_avg_sq", "step")}
             step.fill_(float(values.pop("step")))
             self.optimizer.state[p] = {"step": step.view(()), **values}
         self.step.refresh()
@@ -278,11 +292,12 @@ class Trainer:
 
     def _export(self, line: Line) -> None:
         """The model and the tokenizer as a Hugging Face folder: written beside, then renamed into place, config.json last."""
-        if self.out is None:
+        model = self.parallel.plain(self.model)
+        if self.out is None or model is None or not self.parallel.main:
             return
         temporary = self.out / f"export.tmp-{os.getpid()}"
         try:
-            export(self.model, temporary, self.tokenizer)
+            export(model, temporary, self.tokenizer)
             for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
                 os.replace(path, self.out / path.name)
             checkpoint.sync_folder(self.out)
