@@ -37,11 +37,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gptfast import checkpoint, ops
+from gptfast import checkpoint
 from gptfast.config import TrainConfig
 from gptfast.errors import Error
 from gptfast.layers import Block
 from gptfast.training.loader import Batch
+from gptfast.training.parallel import Fill, Parallel
 
 if TYPE_CHECKING:
     from gptfast.training.step import Step
@@ -52,90 +53,6 @@ _SIGNALS = signal.SIGTERM, signal.SIGINT  # what stops a run
 _TEXT = 256  # bytes of a message between ranks
 _LOST = ("gloo", "nccl", "connection closed", "connection reset")  # what a collective says whose partner is gone
 _WAIT = 1.0  # seconds that the first one has to print why
-
-
-class Parallel:
-    """One process, and all that training asks of several."""
-
-    rank, world = 0, 1
-    casts = False  # whether the engine itself makes the working copies of the parameters
-
-    def __init__(self) -> None:
-        self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-    @property
-    def main(self) -> bool:
-        """Whether this is the process that prints, logs and saves."""
-        return self.rank == 0
-
-    def rows(self, config: TrainConfig) -> int:
-        """Rows of a batch that each rank computes. Raises gptfast.Error where they cannot be dealt equally."""
-        if config.batch % self.world:
-            raise Error(f"batch is {config.batch:,}; {self.world} processes need a multiple of {self.world}")
-        return config.batch // self.world
-
-    # ------------------------------------------------------------------------------------------------------------- model and step
-
-    def prepare(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The parameters that the optimizer gets, by the model's names; called once, before there is an optimizer."""
-        return dict(model.named_parameters())
-
-    def attach(self, step: Step) -> None:
-        """Called at the end of the step's construction."""
-
-    def loss_sum(self, step: Step, batch: Batch) -> tuple[Tensor, Tensor]:
-        """step.loss_sum with the exchange of gradients behind it."""
-        return step.loss_sum(batch)
-
-    def exchanging(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The microbatches of a step as they are; what is done with the last one exchanges gradients."""
-        yield from batches
-
-    def total(self, loss: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of the losses [] and number of targets [], over all ranks. Nothing waits for the device."""
-        return loss, count
-
-    def grad_norm(self, params: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """ops.grad_norm of the whole gradient, the same on every rank. Every parameter has its .grad afterwards."""
-        return ops.grad_norm([p.grad for p in params if p.grad is not None])
-
-    # --------------------------------------------------------------------------------------------------------------------- the run
-
-    def seed(self, seed: int, step: int) -> None:
-        """Before a step: noise that differs between ranks, and that a resumed run has too."""
-
-    def agree(self, tokens: int, asked: int | None) -> tuple[int, int | None]:
-        """(tokens that all ranks computed, a signal that any of them got), after a step."""
-        return tokens, asked
-
-    def spread(self, work: Callable[[T], tuple[float, float]], items: list[T]) -> list[tuple[float, float]]:
-        """work(item) of every item, on all ranks; each item is computed by one of them."""
-        return [work(item) for item in items]
-
-    def newest(self, run: Path) -> tuple[int, Path] | None:
-        """checkpoint.newest, verified once."""
-        return checkpoint.newest(run)
-
-    def save(self, write: Callable[[Callable[[checkpoint.Folder], None]], Any], fill: Callable[[checkpoint.Folder], None]) -> None:
-        """write(fill), on the main process alone. Raises OSError on all of them where that does."""
-        write(fill)
-
-    def whole(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Tensors for checkpoint.Folder.tensors, named "<parameter>" or "<what>.<parameter>", with their whole shapes."""
-        return tensors
-
-    def part(self, name: str, tensor: Tensor) -> Tensor:
-        """What this rank has of a whole tensor that belongs to the parameter `name`."""
-        return tensor
-
-    def plain(self, model: Any) -> Any:
-        """The whole model on the main process, to be written or used; None on the others."""
-        return model
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Around all that a process does after start(): the first failure is said once, and ends all."""
-        yield
 
 
 class Group(Parallel):
@@ -178,7 +95,7 @@ class Group(Parallel):
         dist.broadcast(step, 0)
         return next(((number, path) for number, path in checkpoint.steps(run) if number == int(step)), None)
 
-    def save(self, write: Callable[[Callable[[checkpoint.Folder], None]], Any], fill: Callable[[checkpoint.Folder], None]) -> None:
+    def save(self, write: Callable[[Fill], Any], fill: Fill) -> None:
         failure = None
         try:
             if self.main:
@@ -190,7 +107,7 @@ class Group(Parallel):
         if reason:
             raise failure or OSError(reason)
 
-    def _listen(self, fill: Callable[[checkpoint.Folder], None]) -> None:
+    def _listen(self, fill: Fill) -> None:
         """What ranks that write nothing do while the main process writes."""
 
     def _told(self, text: str) -> str:
@@ -286,7 +203,7 @@ class FSDP(Group):
     casts = True
 
     def rows(self, config: TrainConfig) -> int:
-        if getattr(config, "optimizer", "adamw") == "muon":
+        if config.optimizer == "muon":
             raise Error("optimizer is muon, which needs whole matrices; allowed with --parallel fsdp: adamw")
         return super().rows(config)
 
@@ -310,20 +227,20 @@ class FSDP(Group):
                 module.set_force_sum_reduction_for_comms(True)
         register_fsdp_forward_method(model, "loss_sum")
         self._sharded: dict[str, Any] = dict(model.named_parameters())
-        self._mine = {name: p.to_local().detach().requires_grad_(p.requires_grad) for name, p in self._sharded.items()}
-        return self._mine
+        self.parameters = {name: p.to_local().detach().requires_grad_(p.requires_grad) for name, p in self._sharded.items()}
+        return self.parameters
 
     def grad_norm(self, params: list[Tensor]) -> tuple[Tensor, Tensor]:
         for name, sharded in self._sharded.items():
             if sharded.grad is not None:
-                self._mine[name].grad, sharded.grad = sharded.grad.to_local(), None
+                self.parameters[name].grad, sharded.grad = sharded.grad.to_local(), None
         norm, _ = super().grad_norm(params)
         square = norm.double().square()
         dist.all_reduce(square)
         norm = square.sqrt().to(norm.dtype)
         return norm, torch.isfinite(norm).to(norm.dtype)
 
-    def save(self, write: Callable[[Callable[[checkpoint.Folder], None]], Any], fill: Callable[[checkpoint.Folder], None]) -> None:
+    def save(self, write: Callable[[Fill], Any], fill: Fill) -> None:
         self._gathered = self._before = 0
 
         def gathering(folder: checkpoint.Folder) -> None:
@@ -332,7 +249,7 @@ class FSDP(Group):
 
         super().save(write if not self.main else lambda _: write(gathering), fill)
 
-    def _listen(self, fill: Callable[[checkpoint.Folder], None]) -> None:
+    def _listen(self, fill: Fill) -> None:
         # the main process did this while it wrote, as far as it came: what it has not gathered the others still wait for
         self._gathered, self._before = 0, self._gathered
         fill(_Listener(self._gather))
@@ -350,9 +267,9 @@ class FSDP(Group):
 
         made = {}
         for name, tensor in tensors.items():
-            like = self._sharded[name if name in self._sharded else name.partition(".")[2]]
+            like = self._sharded.get(name if name in self._sharded else name.partition(".")[2])
             made[name] = tensor
-            if tensor.shape == like.to_local().shape:
+            if like is not None and tensor.shape == like.to_local().shape:
                 layout = {"run_check": False, "shape": like.shape, "stride": like.stride()}
                 made[name] = DTensor.from_local(tensor.detach(), like.device_mesh, like.placements, **layout)
         return made

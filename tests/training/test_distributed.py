@@ -27,9 +27,10 @@ from gptfast.config import GPT2Config, TrainConfig
 from gptfast.data import TokenData
 from gptfast.model import GPT2LMHeadModel
 from gptfast.training import Trainer
-from gptfast.training.distributed import Parallel, start
+from gptfast.training.distributed import start
 from gptfast.training.loader import Batch, Loader
 from gptfast.training.log import read
+from gptfast.training.parallel import Parallel
 
 STEPS, BATCH = 50, 8
 EPOCH = 96  # samples
