@@ -168,9 +168,9 @@ class _Forward(nn.Module):
         return self.step.loss_sum(batch)
 
 
-def _summed(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP's exchange of a bucket without its division by the number of ranks."""
-    work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
+def _summed(bucket: Tensor) -> torch.futures.Future[Tensor]:
+    """DDP's exchange of a bucket of gradients without its division by the number of ranks."""
+    work: Any = dist.all_reduce(bucket, async_op=True)
     future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
     return future
 
@@ -179,8 +179,8 @@ class DDP(Group):
     """The whole model on every rank (torch.nn.parallel.DistributedDataParallel)."""
 
     def attach(self, step: Step) -> None:
-        self.engine = nn.parallel.DistributedDataParallel(_Forward(step), broadcast_buffers=False, gradient_as_bucket_view=True)
-        self.engine.register_comm_hook(None, _summed)
+        self.engine = nn.parallel.DistributedDataParallel(_Forward(step), gradient_as_bucket_view=True)
+        self.engine.register_comm_hook(None, lambda state, bucket: _summed(bucket.buffer()))
         step.refresh()  # the parameters are rank 0's now
 
     def loss_sum(self, step: Step, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -217,6 +217,7 @@ class FSDP(Group):
                 dist.broadcast(parameter, 0)
         if self.main:  # the model without its numbers, for plain()
             self._empty = copy.deepcopy(model, {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in whole.values()})
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing is added to a block's output in place
         mesh = init_device_mesh(self.device.type, (self.world,))
         policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32, cast_forward_inputs=False)
         for module in [*(module for module in model.modules() if isinstance(module, Block)), model]:

@@ -46,9 +46,10 @@ class Ragged(Loader):
         """Loader's."""
         batch = super().samples(first, count)
         assert batch.numbers is not None
+        targets = batch.targets.clone()  # of one row it shares its memory with the ids
         for row, number in enumerate(batch.numbers.tolist()):
-            batch.targets[row, : number * 7 % 15] = -100
-        return batch
+            targets[row, : number * 7 % 15] = -100
+        return batch._replace(targets=targets)
 
 
 def trainer(out: Path | str, steps: int = STEPS, dropout: float = 0.0, width: int = 32, **options: Any) -> Trainer:
@@ -56,7 +57,8 @@ def trainer(out: Path | str, steps: int = STEPS, dropout: float = 0.0, width: in
     sizes = {"vocab_size": 61, "n_positions": 16, "n_embd": width, "n_layer": 2, "n_head": 2, "eos_token_id": 0}
     sizes |= {key: options.pop(key) for key in ("n_layer",) if key in options}
     model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout))
-    base = {"batch": BATCH, "lr": 1e-3, "warmup": 10, "save_every": 25, "eval_every": 0, "log_every": 1, "log_samples": True}
+    base = {"batch": BATCH, "lr": 1e-3, "warmup": 10, "save_every": 25, "eval_every": 0, "log_every": 1}
+    base |= {"schedule": "constant", "log_samples": True}
     config = TrainConfig(out=str(out), steps=steps, **{**base, **options})
     return Trainer(model, Ragged(), torch.arange(400) % 61, config, quiet=True)
 
@@ -108,12 +110,13 @@ def curves(root: Path) -> None:
     fitted(root / "one", 1)
     for world in (2, 4):
         for engine in ("ddp", "fsdp"):
-            fitted(root / f"{engine}{world}", world, parallel=engine, microbatch=2 if world == 2 else None)
+            steps = 30 if (engine, world) == ("fsdp", 4) else STEPS  # four processes wait for each other for long on two cores
+            fitted(root / f"{engine}{world}", world, parallel=engine, microbatch=2 if world == 2 else None, steps=steps)
     for source, world, engine in (("ddp4", 1, "ddp"), ("fsdp4", 1, "ddp"), ("ddp4", 2, "fsdp"), ("fsdp4", 2, "ddp")):
         target = root / f"{source}-on-{world}"
         middle = "checkpoints/step_000000025"
         shutil.copytree(root / source / "run" / middle, target / "run" / middle)
-        fitted(target, world, resume=True, parallel=engine)
+        fitted(target, world, resume=True, parallel=engine, steps=35)
 
 
 def once(root: Path) -> None:
@@ -161,10 +164,10 @@ def stops(root: Path) -> None:
 
         assert ranks(root / f"nan-{engine}", 2, poisoned) == [0, 0], (root / f"nan-{engine}/rank.1").read_text()
 
-    def failing(how: Callable[[], None]) -> Callable[[], None]:
+    def failing(name: str, how: Callable[[], None]) -> Callable[[], None]:
         def work() -> None:
             with start(TrainConfig()).together():
-                run = trainer(root / "failing/run", parallel="fsdp")
+                run = trainer(root / name / "run", parallel="fsdp")
                 real = run.loader.samples
 
                 def samples(first: int, count: int) -> Batch:
@@ -180,8 +183,8 @@ def stops(root: Path) -> None:
     def broken() -> None:
         raise Error("row 44 of the data is broken")
 
-    assert ranks(root / "error", 2, failing(broken)) == [2, 2]
-    assert ranks(root / "death", 2, failing(lambda: os.kill(os.getpid(), signal.SIGKILL))) == [2, -signal.SIGKILL]
+    assert ranks(root / "error", 2, failing("error", broken)) == [2, 2]
+    assert ranks(root / "death", 2, failing("death", lambda: os.kill(os.getpid(), signal.SIGKILL))) == [2, -signal.SIGKILL]
 
 
 def command(root: Path) -> None:
@@ -206,10 +209,10 @@ def memory(root: Path) -> None:
         return int(status.partition(f"{name}:")[2].split()[0])
 
     def work() -> None:
+        trainer("", steps=1, parallel="fsdp", log_samples=False).fit()  # what is imported and made once is no part of it
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
         before = resident("VmRSS")
-        run = trainer("", steps=3, width=256, n_layer=8, parallel="fsdp", batch=4, microbatch=1)
-        run.fit()
+        trainer("", steps=2, width=256, n_layer=8, parallel="fsdp", batch=4, microbatch=1).fit()
         print(resident("VmHWM") - before, file=sys.stderr)
 
     for world in (1, 2):
@@ -219,6 +222,7 @@ def memory(root: Path) -> None:
 
 def main(root: Path) -> None:
     torch.set_num_threads(1)
+    import torch._dynamo
     import torch.distributed.checkpoint.state_dict
     import torch.distributed.fsdp
     import torch.distributed.tensor  # noqa: F401 - imported once here, not in every rank
@@ -264,13 +268,14 @@ def printed(folder: Path, rank: int) -> str:
 @pytest.mark.parametrize("name", ["ddp2", "ddp4", "fsdp2", "fsdp4"])
 def test_the_same_curve_in_any_number_of_processes(root: Path, name: str) -> None:
     one, many = losses(root / "one"), losses(root / name)
-    assert list(one) == list(many) == list(range(1, STEPS + 1)) and one[STEPS] < 0.9 * one[1]
-    assert max(abs(many[step] / one[step] - 1) for step in one) < 1e-5
+    assert list(one) == list(range(1, STEPS + 1)) and one[STEPS] < 0.9 * one[1]
+    assert list(many) == list(range(1, (30 if name == "fsdp4" else STEPS) + 1))
+    assert max(abs(many[step] / one[step] - 1) for step in many) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["ddp2", "ddp4", "fsdp2", "fsdp4"])
 def test_each_rank_logs_its_samples_and_together_they_are_the_batch(root: Path, name: str) -> None:
-    for step in (1, 2, STEPS):
+    for step in (1, 2, 30):
         (whole,) = samples(root / "one", step)
         parts = samples(root / name, step)
         assert len(parts) == int(name[-1]) and all(len(part) == BATCH // len(parts) for part in parts)
@@ -280,16 +285,14 @@ def test_each_rank_logs_its_samples_and_together_they_are_the_batch(root: Path, 
 @pytest.mark.parametrize("name", ["ddp4", "fsdp4"])
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_checkpoint_of_four_processes_goes_on_in_one_and_two(root: Path, name: str, world: int) -> None:
-    whole, resumed = losses(root / name), losses(root / f"{name}-on-{world}")
-    assert list(resumed) == list(range(26, STEPS + 1))
+    whole, resumed = losses(root / "one"), losses(root / f"{name}-on-{world}")
+    assert list(resumed) == list(range(26, 36))
     assert max(abs(resumed[step] / whole[step] - 1) for step in resumed) < 1e-5
 
 
 def test_a_checkpoint_is_the_same_files_whatever_wrote_it(root: Path) -> None:
     def tensors(name: str, file: str) -> dict[str, torch.Tensor]:
-        found = checkpoint.newest(root / name / "run")
-        assert found is not None and found[0] == STEPS
-        return checkpoint.read_tensors(found[1] / file)
+        return checkpoint.read_tensors(root / name / "run/checkpoints/step_000000025" / file)
 
     for file in ("model.safetensors", "optimizer.safetensors"):
         one = tensors("one", file)
@@ -301,8 +304,8 @@ def test_a_checkpoint_is_the_same_files_whatever_wrote_it(root: Path) -> None:
 
 
 def test_a_run_of_fsdp_ends_as_a_hugging_face_folder(root: Path) -> None:
-    one, many = (GPT2LMHeadModel.from_pretrained(root / name / "run") for name in ("one", "fsdp4"))
-    assert json.loads((root / "fsdp4/run/config.json").read_text()) == json.loads((root / "one/run/config.json").read_text())
+    one, many = (GPT2LMHeadModel.from_pretrained(root / name / "run") for name in ("one", "fsdp2"))
+    assert json.loads((root / "fsdp2/run/config.json").read_text()) == json.loads((root / "one/run/config.json").read_text())
     for (name, p), q in zip(one.named_parameters(), many.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=2e-3, atol=1e-4, msg=name)
 
