@@ -131,7 +131,10 @@ class MLP(nn.Module):
         """x [B, T, C] -> [B, T, C]."""
         if self.activation.startswith("gelu"):
             form = "none" if self.activation == "gelu" else "tanh"
-            x = ops.gelu(ops.linear(x, self.c_fc.weight.t()), self.c_fc.bias, form)
+            if type(self.c_fc) is Conv1D:
+                x = ops.gelu(ops.linear(x, self.c_fc.weight.t()), self.c_fc.bias, form)
+            else:  # an adapter, whose forward counts
+                x = ops.gelu(self.c_fc(x), None, form)
         else:
             x = _PLAIN[self.activation](self.c_fc(x))
         y: Tensor = self.dropout(self.c_proj(x), now.seed(3 * self.layer + 3))

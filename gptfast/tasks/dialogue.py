@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from gptfast.config import option
 from gptfast.errors import Error, shown
+from gptfast.tasks.answers import continuations, target_loss, texts
 from gptfast.tasks.files import Record
 from gptfast.tasks.task import IGNORED, Encoded, Example, Task
 
@@ -89,9 +90,11 @@ def render(messages: Sequence[Mapping[str, str]], template: Template | str, gene
 
     Contents are stripped of surrounding white space. Raises gptfast.Error for messages that check() refuses.
     """
-    form = _form(template)
-    text = "".join(piece for piece, _ in _segments(check(list(messages)), form))
-    return text + (_opening(form) if generation_prompt else "")
+    return _text(check(list(messages)), _form(template), generation_prompt)
+
+
+def _text(messages: Sequence[Mapping[str, str]], form: Template, generation_prompt: bool) -> str:
+    return "".join(piece for piece, _ in _segments(messages, form)) + (_opening(form) if generation_prompt else "")
 
 
 def stop_strings(template: Template | str) -> list[str]:
@@ -154,3 +157,26 @@ class Dialogue(Task):
         if all(target == IGNORED for target in targets[:context]):
             raise Error(f"no answer within the first {context:,} tokens, the model's context")
         return Encoded(ids[:context], targets[:context])
+
+    def answer(self, model: Any, tokenizer: GPT2Tokenizer, examples: Sequence[Conversation]) -> list[dict[str, Any]]:
+        """The assistant's next turn after each conversation, greedily; one at the end of a conversation that was given is left out
+        of the prompt and stands beside the answer as "reference"."""
+        prompts, references = [], []
+        for example in examples:
+            closed = example.messages[-1]["role"] == "assistant"
+            references.append(example.messages[-1]["content"].strip() if closed else None)
+            before = example.messages[:-1] if closed else example.messages
+            prompts.append(tokenizer.encode(_text(before, _form(self.template), True)))
+        made = texts(tokenizer, continuations(model, prompts, self.answer_tokens), stop_strings(self.template))
+        return [
+            {"answer": text} | ({} if reference is None else {"reference": reference})
+            for text, reference in zip(made, references, strict=True)
+        ]
+
+    def measure(self, model: Any, tokenizer: GPT2Tokenizer, examples: Sequence[Conversation]) -> dict[str, Any]:
+        """Of the assistant's turns: loss (nats a token, the ends counted), perplexity, tokens, and conversations."""
+        total, count = target_loss(model, [self.encode(e, tokenizer, model.config.n_positions) for e in examples])
+        return {
+            "conversations": len(examples), "tokens": count, "loss": total / count,
+            "perplexity": math.exp(min(total / count, 700.0)),
+        }  # fmt: skip

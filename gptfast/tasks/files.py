@@ -85,8 +85,8 @@ def text_lines(path: Path) -> Iterator[str]:
 
 
 def records(path: Path, columns: Sequence[str], bad: Callable[[LoadError], None]) -> Iterator[Record]:
-    """The lines of a file that are not blank. A .jsonl line is an object; the first line of a .tsv or .csv may name its columns, else
-    they are `columns` in order. A .tsv has no quoting. `bad` is called with the error of a line that is malformed; it may raise."""
+    """The lines of a file that are not blank. A .jsonl line is an object; the first line of a .tsv or .csv may name its columns,
+    else they are `columns` in order. A .tsv has no quoting. `bad` gets the error of each malformed line; it may raise it."""
     kind = suffix(path)
     if kind not in SUFFIXES:
         raise Error(f"data {path}: allowed are {', '.join(SUFFIXES)} files, and these as .gz")

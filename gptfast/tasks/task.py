@@ -58,8 +58,8 @@ class Task(ABC):
         record.error(...), which names file and line."""
 
     def read(self, path: str | Path, labelled: bool = True, skip_bad: bool = False) -> Examples[Any]:
-        """The examples of a file. Raises gptfast.LoadError that names file and line, or with skip_bad counts such lines; in any
-        case for a file without examples."""
+        """The examples of a file. Raises gptfast.LoadError that names file and line, or with skip_bad counts such lines; in
+        any case for a file without examples."""
         return collect(Path(path), self.columns, lambda record: self.parse(record, labelled), skip_bad)
 
     @abstractmethod
@@ -76,7 +76,9 @@ class Task(ABC):
         """What the model is trained on, at most `context` tokens. Raises gptfast.Error where the example does not fit and cannot be
         cut."""
 
-    def encode_all(self, examples: Examples[Any], tokenizer: GPT2Tokenizer, context: int, skip_bad: bool = False) -> list[Encoded]:
+    def encode_all(
+        self, examples: Examples[Any], tokenizer: GPT2Tokenizer, context: int, skip_bad: bool = False
+    ) -> list[Encoded]:
         """encode() of every example; an error names its file and line, or is counted in examples.skipped."""
         encoded = []
         for example in examples:

@@ -282,7 +282,7 @@ class Trainer:
             return
         temporary = self.out / f"export.tmp-{os.getpid()}"
         try:
-            export(self.model, temporary, self.tokenizer)
+            self.write_model(temporary)
             for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
                 os.replace(path, self.out / path.name)
             checkpoint.sync_folder(self.out)
@@ -291,6 +291,10 @@ class Trainer:
             raise LoadError(f"run {self.out}: {reason}") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def write_model(self, folder: Path) -> None:
+        """Writes into an empty folder what the run ends as."""
+        export(self.model, folder, self.tokenizer)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
