@@ -20,7 +20,7 @@ NOUNS = ["film", "plot", "story", "cast", "score", "scene", "book", "joke", "son
 Run = Callable[..., tuple[int, str, str]]
 
 
-def sentences(count: int, seed: int) -> list[tuple[str, str]]:
+def _sentences(count: int, seed: int) -> list[tuple[str, str]]:
     """(text, label), no two alike."""
     every = [
         (f"the {noun} and the {other} of it is {word}", label)
@@ -30,10 +30,16 @@ def sentences(count: int, seed: int) -> list[tuple[str, str]]:
 
 
 @pytest.fixture(scope="session")
+def sentences() -> Callable[[int, int], list[tuple[str, str]]]:
+    """sentences(count, seed) -> [(text, label)]; no two of them alike."""
+    return _sentences
+
+
+@pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A language model of two narrow blocks with random weights."""
     folder = tmp_path_factory.mktemp("tasks") / "base"
-    tokenizer = GPT2Tokenizer.train([text for text, _ in sentences(400, 0)] + ["User: Assistant: ### System\n"] * 20, 330)
+    tokenizer = GPT2Tokenizer.train([text for text, _ in _sentences(400, 0)] + ["User: Assistant: ### System\n"] * 20, 330)
     torch.manual_seed(0)
     end = tokenizer.eos_token_id
     config = GPT2Config(
@@ -49,7 +55,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def moods(tmp_path: Path) -> Path:
     """300 labelled sentences as .tsv."""
     path = tmp_path / "moods.tsv"
-    path.write_text("".join(f"{text}\t{label}\n" for text, label in sentences(300, 1)))
+    path.write_text("".join(f"{text}\t{label}\n" for text, label in _sentences(300, 1)))
     return path
 
 
