@@ -7,7 +7,7 @@ Feistel network over the smallest even number of bits that counts the windows, w
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -52,17 +52,49 @@ def permutation(index: npt.NDArray[np.int64], size: int, seed: int, epoch: int) 
 
 
 class Batch(NamedTuple):
-    """ids, targets [B, T] int64; document_ids, positions [B, T] int64 where attention stays inside documents, else None."""
+    """ids, targets [B, T] int64, -100 where there is nothing to predict; document_ids (-1: padding), positions [B, T] int64 where
+    attention stays inside documents, else None; numbers [B] int64 on the CPU: which sample of the data each row is, or None."""
 
     ids: Tensor
     targets: Tensor
     document_ids: Tensor | None = None
     positions: Tensor | None = None
+    numbers: Tensor | None = None
+
+    @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """The arguments of model.loss_sum."""
+        return self[:4]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are not padding. Waits for the device where the batch is on one."""
+        return self.ids.numel() if self.document_ids is None else int((self.document_ids >= 0).sum())
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on a device."""
-        moved = [None if t is None else t.to(device, non_blocking=True) for t in self]
-        return Batch(*moved)  # type: ignore[arg-type]
+        """The same batch on a device; `numbers` stays on the CPU."""
+        moved = [None if t is None else t.to(device, non_blocking=True) for t in self.inputs]
+        return Batch(*moved, self.numbers)  # type: ignore[arg-type, misc]
+
+
+@runtime_checkable
+class DataSource(Protocol):
+    """What Trainer reads, for training and for evaluation: Loader, and whatever a task reads its examples with.
+
+    Rows of one batch have one length, at most `context`; shorter ones are padded (document_ids -1, targets -100).
+    """
+
+    windows: int  # samples in an epoch
+    context: int  # tokens in the longest row
+    fingerprint: str  # hash of the data and of what turns it into rows: a resumed run must have the same
+    bytes_per_target: float  # of the text, for bits per byte; 0: unknown
+
+    def samples(self, first: int, count: int) -> Batch:
+        """Samples first .. first + count - 1 of the endless sequence of epochs: a pure function of these two numbers, in which
+        every epoch has each of its `windows` samples once."""
+
+    def rows(self, numbers: list[int]) -> Batch:
+        """The samples with these numbers, 0 .. windows - 1 in the data's own order, for evaluation."""
 
 
 class Loader:
@@ -77,23 +109,29 @@ class Loader:
         self.windows, self.slack = divmod(len(data) - 1, context) if len(data) else (0, 0)
         if self.windows < 1:
             raise Error(f"the data has {len(data):,} tokens; a context of {context:,} needs at least {context + 1:,}")
+        self.fingerprint = data.fingerprint
+        self.bytes_per_target = data.bytes / (len(data) - 1)
         if document_mask and data.eos_token_id is None:
             raise Error("document_mask needs data that records the id of <|endoftext|>")
 
     def samples(self, first: int, count: int) -> Batch:
         """Samples first .. first + count - 1 of the endless sequence of epochs."""
         numbers = np.arange(first, first + count)
-        starts = np.empty(count, dtype=np.int64)
+        places, starts = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
         for epoch in np.unique(numbers // self.windows).tolist():
             here = numbers // self.windows == epoch
-            place = permutation(numbers[here] % self.windows, self.windows, self.seed, epoch)
+            places[here] = permutation(numbers[here] % self.windows, self.windows, self.seed, epoch)
             # windows do not fill the data: where the rest lies, at which end, changes from epoch to epoch
-            starts[here] = place * self.context + _mix(_mix(self.seed) ^ ~epoch % 2**64) % (self.slack + 1)
-        return self.at(starts.tolist())
+            starts[here] = places[here] * self.context + _mix(_mix(self.seed) ^ ~epoch % 2**64) % (self.slack + 1)
+        return self.at(starts.tolist())._replace(numbers=torch.from_numpy(places))
 
     def sequential(self, first: int, count: int) -> Batch:
-        """Windows first .. first + count - 1 in the data's own order, for evaluation."""
-        return self.at([number * self.context for number in range(first, first + count)])
+        """Windows first .. first + count - 1 in the data's own order."""
+        return self.rows(list(range(first, first + count)))
+
+    def rows(self, numbers: list[int]) -> Batch:
+        """The windows with these numbers in the data's own order, for evaluation."""
+        return self.at([number * self.context for number in numbers])._replace(numbers=torch.tensor(numbers))
 
     def at(self, starts: list[int]) -> Batch:
         """The windows that start at these tokens."""

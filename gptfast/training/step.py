@@ -103,7 +103,7 @@ class Step:
     def loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(sum of the losses, number of targets) of one microbatch, in the working dtype."""
         with self._copies_in_place():
-            loss, count = self.model.loss_sum(*batch)  # type: ignore[operator]
+            loss, count = self.model.loss_sum(*batch.inputs)  # type: ignore[operator]
         return loss, count
 
     @contextlib.contextmanager

@@ -22,7 +22,7 @@ from gptfast import checkpoint
 from gptfast.config import TrainConfig
 from gptfast.data import TokenData
 from gptfast.errors import Error, LoadError
-from gptfast.training.loader import Batch, Loader
+from gptfast.training.loader import Batch, DataSource, Loader
 from gptfast.training.log import Line, Log, duration
 from gptfast.training.optimizer import AdamW, groups
 from gptfast.training.schedule import learning_rate
@@ -38,9 +38,9 @@ _FIXED = ("batch", "context", "seed", "document_mask")
 class Trainer:
     """Trains a model with `loss_sum` on token data: `Trainer(model, train, val, TrainConfig(...)).fit()`.
 
-    train, val: TokenData (gptfast.data.load), or ids [N] as a tensor, an array or a list; val None: no evaluation. model: fp32
-    parameters; it is moved to config.device and trained in place. tokenizer: saved with the model. With config.out set, the run
-    keeps log.jsonl and checkpoints there and ends as a Hugging Face folder. Raises gptfast.Error for data that is too short, a
+    train, val: TokenData (gptfast.data.load), ids [N] as a tensor, an array or a list, or a DataSource of a task's own; val None: no
+    evaluation. model: fp32 parameters; it is moved to config.device and trained in place. tokenizer: saved with the model. With
+    config.out set, the run keeps log.jsonl and checkpoints there and ends as a Hugging Face folder. Raises gptfast.Error for data that is too short, a
     context the model does not have, or parameters that are not fp32.
     """
 
@@ -56,37 +56,40 @@ class Trainer:
         self.context = config.context or model.config.n_positions
         if self.context > model.config.n_positions:
             raise Error(f"context is {self.context:,}; the model has {model.config.n_positions:,} positions")
-        self.train = _token_data(train, model)
-        self.loader = Loader(self.train, self.context, config.seed, config.document_mask)
+        self.loader = self._source(train)
         self.val = self._held_out(val)
         model.to(self.device)
         decayed = groups(model.named_parameters(), config.weight_decay)
         self.optimizer = AdamW(decayed, config.lr, (config.beta1, config.beta2), config.eps)
         self.step = Step(model, self.optimizer, DTYPES[config.dtype], config.clip)
         self.microbatch = min(config.microbatch or config.batch, config.batch)
-        self.done = self.skipped = 0
+        self.done = self.skipped = self.tokens = 0  # steps, skipped ones, tokens seen
         self.out = Path(config.out) if config.out else None
         self.log = Log(None)
         self._recent: list[StepResult] = []
         self._seconds = self._interval = 0.0
-        self._counted = self._barren = 0
+        self._counted = self._logged = self._barren = 0
         self._signal: int | None = None
         self._saved = -1
         self.loss = math.nan
 
-    def _held_out(self, val: Any) -> Loader | None:
-        data = None if val is None else _token_data(val, self.model)
-        if data is None or len(data) <= self.context:
-            if data is not None:
-                lengths = f"the held-out text has {len(data):,} tokens, a context has {self.context:,}"
-                warnings.warn(f"no evaluation: {lengths}", stacklevel=3)
-            return None
-        return Loader(data, self.context, self.config.seed, self.config.document_mask)
+    def _source(self, given: Any) -> DataSource:
+        """A source as it is, if its rows fit the model; token data in windows."""
+        if isinstance(given, DataSource):
+            if given.context > self.context:
+                raise Error(f"the data has rows of {given.context:,} tokens; the context is {self.context:,}")
+            return given
+        return Loader(_token_data(given, self.model), self.context, self.config.seed, self.config.document_mask)
 
-    @property
-    def tokens(self) -> int:
-        """Tokens seen so far."""
-        return self.done * self.config.batch * self.context
+    def _held_out(self, val: Any) -> DataSource | None:
+        if val is None or isinstance(val, DataSource):
+            return None if val is None else self._source(val)
+        data = _token_data(val, self.model)
+        if len(data) <= self.context:
+            lengths = f"the held-out text has {len(data):,} tokens, a context has {self.context:,}"
+            warnings.warn(f"no evaluation: {lengths}", stacklevel=3)
+            return None
+        return self._source(data)
 
     # ------------------------------------------------------------------------------------------------------------------ the loop
 
@@ -123,7 +126,9 @@ class Trainer:
         first = step * self.config.batch
         for offset in range(0, self.config.batch, self.microbatch):
             count = min(self.microbatch, self.config.batch - offset)
-            yield self.loader.samples(first + offset, count).to(self.device)
+            batch = self.loader.samples(first + offset, count)
+            self.tokens += batch.tokens
+            yield batch.to(self.device)
 
     def _after_step(self, line: Line) -> None:
         config, last = self.config, self.done == self.config.steps
@@ -151,7 +156,7 @@ class Trainer:
         bad = len(losses) - len(good)
         self.skipped += bad
         self.loss = sum(good) / len(good) if good else math.nan
-        tokens = len(losses) * self.config.batch * self.context
+        tokens, self._logged = self.tokens - self._logged, self.tokens
         self._seconds += self._interval
         self._counted += tokens
         problem = self.log.write(
@@ -169,33 +174,33 @@ class Trainer:
 
     def _progress(self) -> str:
         seconds = self._seconds + self._interval
-        counted = self._counted + len(self._recent) * self.config.batch * self.context
-        rate = counted / seconds if seconds else 0.0
-        left = (self.config.steps - self.done) * self.config.batch * self.context
+        rate = (self._counted + self.tokens - self._logged) / seconds if seconds else 0.0
+        left = (self.config.steps - self.done) * self.tokens / self.done
         eta = duration(left / rate) if rate else "?"
         return f"step {self.done:,}/{self.config.steps:,}  loss {self.loss:.3f}  {rate:,.0f} tokens/s  ETA {eta}"
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Mean loss over held-out sequences spread evenly over the data, with the half-width of its 95 % confidence interval
+        """Mean loss a target over held-out rows spread evenly over the data, with the half-width of its 95 % confidence interval
         (from the spread between microbatches), and bits per byte where the data records its bytes. Logged."""
         if self.val is None:
             raise Error("there is no held-out data to evaluate on")
         count = min(self.config.eval_sequences, self.val.windows)
-        starts = [number * self.val.windows // count * self.context for number in range(count)]
+        numbers = [number * self.val.windows // count for number in range(count)]
         self.model.eval()
-        means, weights = [], []
+        sums, targets = [], []
         for first in range(0, count, self.microbatch):
-            batch = self.val.at(starts[first : first + self.microbatch]).to(self.device)
-            loss, targets = self.step.loss_sum(batch)
-            means.append(float(loss) / int(targets))
-            weights.append(len(batch.ids))
+            loss, found = self.step.loss_sum(self.val.rows(numbers[first : first + self.microbatch]).to(self.device))
+            sums.append(float(loss))
+            targets.append(int(found))
         self.model.train()
-        mean = sum(m * w for m, w in zip(means, weights, strict=True)) / count
-        spread = math.sqrt(sum((m - mean) ** 2 for m in means) / max(len(means) - 1, 1) / len(means))
-        values = {"val_loss": mean, "val_ci": 1.96 * spread}
-        if self.val.data.bytes:
-            values["val_bits_per_byte"] = mean * (len(self.val.data) - 1) / self.val.data.bytes / math.log(2)
+        total, parts = max(sum(targets), 1), len(sums)
+        mean = sum(sums) / total
+        # of a ratio of two sums (Cochran 1977, "Sampling Techniques", 6.4); with equal counts that of a mean
+        off = sum((loss - mean * found) ** 2 for loss, found in zip(sums, targets, strict=True))
+        values = {"val_loss": mean, "val_ci": 1.96 * math.sqrt(off * parts / max(parts - 1, 1)) / total}
+        if self.val.bytes_per_target:
+            values["val_bits_per_byte"] = mean / self.val.bytes_per_target / math.log(2)
         self.log.write("eval", step=self.done, **values)
         return values
 
@@ -216,7 +221,7 @@ class Trainer:
         self.log = Log(None if self.out is None else self.out / "log.jsonl")
         facts = {"config": dataclasses.asdict(self.config), "model": dataclasses.asdict(self.model.config)}
         event = "resume" if self.done else "start"
-        self.log.write(event, step=self.done, data=self.train.fingerprint, torch=torch.__version__, **facts)
+        self.log.write(event, step=self.done, data=self.loader.fingerprint, torch=torch.__version__, **facts)
 
     def _named(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -242,7 +247,8 @@ class Trainer:
         folder.tensors("optimizer.safetensors", optimizer)
         folder.tensors("random.safetensors", states)
         folder.json("state.json", {
-            "version": checkpoint.VERSION, "step": self.done, "skipped": self.skipped, "data": self.train.fingerprint,
+            "version": checkpoint.VERSION, "step": self.done, "skipped": self.skipped, "tokens": self.tokens,
+            "data": self.loader.fingerprint,
             "config": dataclasses.asdict(self.config), "model": dataclasses.asdict(self.model.config), "random": random,
         })  # fmt: skip
 
@@ -252,7 +258,7 @@ class Trainer:
             old, new = state["config"].get(name), getattr(self.config, name)
             if old != new:
                 raise Error(f"resume: {name} was {old} in {folder}, now it is {new}; a resumed run keeps it")
-        if state["data"] != self.train.fingerprint:
+        if state["data"] != self.loader.fingerprint:
             raise Error(f"resume: the training data is not what {folder} was trained on; give the same --data, or another --out")
         weights, moments = (checkpoint.read_tensors(folder / f"{name}.safetensors") for name in ("model", "optimizer"))
         with torch.no_grad():
@@ -268,6 +274,7 @@ class Trainer:
         self.step.refresh()
         checkpoint.set_random_state(state["random"], checkpoint.read_tensors(folder / "random.safetensors"))
         self.done, self.skipped, self._saved = state["step"], state["skipped"], state["step"]
+        self.tokens = self._logged = state.get("tokens", self.done * self.config.batch * self.context)
 
     def _export(self, line: Line) -> None:
         """The model and the tokenizer as a Hugging Face folder: written beside, then renamed into place, config.json last."""

@@ -81,7 +81,7 @@ def test_what_a_resume_refuses(tmp_path: Path) -> None:
     with pytest.raises(Error, match="batch was 4"):
         trainer(tmp_path / "run", batch=8).fit(resume=True)
     other = trainer(tmp_path / "run", steps=8)
-    other.train.fingerprint = "another"
+    other.loader.fingerprint = "another"
     with pytest.raises(Error, match="training data is not"):
         other.fit(resume=True)
     longer = trainer(tmp_path / "run", steps=8).fit(resume=True)
