@@ -7,7 +7,7 @@ import gzip
 import json
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -127,8 +127,11 @@ def _table(path: Path, columns: Sequence[str], kind: str, bad: Callable[[LoadErr
         raise LoadError(f"{path}, line {reader.line_num}: not {kind[1:].upper()} ({error})") from error
 
 
-def collect(path: Path, columns: Sequence[str], parse: Callable[[Record], T], skip_bad: bool = False) -> Examples[T]:
-    """The examples that `parse` makes of a file's records. Raises the first bad line's gptfast.LoadError, or with skip_bad counts
+def collect(
+    path: Path, columns: Sequence[str], parse: Callable[[Any], T], skip_bad: bool = False, found: Iterable[Any] | None = None
+) -> Examples[T]:
+    """The examples that `parse` makes of a file's records, or of `found`: records of another kind of file, and a LoadError in place
+    of each that is malformed. Raises the first bad line's gptfast.LoadError, or with skip_bad counts
     them and says so in a warning; raises in any case for a file without examples."""
     examples: Examples[T] = Examples(path)
     first: list[LoadError] = []
@@ -139,8 +142,10 @@ def collect(path: Path, columns: Sequence[str], parse: Callable[[Record], T], sk
         first.append(error)
         examples.skipped += 1
 
-    for record in records(path, columns, bad):
+    for record in records(path, columns, bad) if found is None else found:
         try:
+            if isinstance(record, LoadError):
+                raise record
             examples.items.append(parse(record))
         except LoadError as error:
             bad(error)
