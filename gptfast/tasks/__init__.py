@@ -24,15 +24,15 @@ ALIASES = {"sentiment": "classification", "question_answering": "qa", "language_
 
 
 def names() -> list[str]:
-    """The tasks that are there, without their aliases."""
-    return [name for name, (module, _) in _HOME.items() if (Path(__file__).parent / f"{module}.py").exists()]
+    """The tasks, without their aliases."""
+    return list(_HOME)
 
 
 def find(name: str) -> type[Task]:
     """The class of a task. Raises gptfast.Error, with the names there are, for another."""
     plain = ALIASES.get(name.replace("-", "_"), name)
-    if plain not in names():
-        raise Error(f"task is {shown(name)}{nearest(name, [*names(), *ALIASES])}; allowed: {', '.join(names())}, sentiment")
+    if plain not in _HOME:
+        raise Error(f"task is {shown(name)}{nearest(name, [*_HOME, *ALIASES])}; allowed: {', '.join(_HOME)}, sentiment")
     module, cls = _HOME[plain]
     return getattr(import_module(f"gptfast.tasks.{module}"), cls)  # type: ignore[no-any-return]
 
