@@ -166,26 +166,38 @@ class TrainConfig:
     lr: float = option(1e-3, "learning rate after the warm-up", low=0.0)
     min_lr: float = option(0.1, "learning rate at the end, as a fraction of --lr", low=0.0, high=1.0)
     warmup: int = option(100, "steps in which the learning rate rises from 0 in a line", low=0)
-    schedule: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
-    weight_decay: float = option(0.1, "AdamW's decoupled weight decay, on matrices only", low=0.0)
+    schedule: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "wsd", "constant"))
+    decay: float = option(0.2, "wsd: part of the steps, at the end, in which the learning rate falls", low=0.0, high=1.0)
+    optimizer: str = option("adamw", "AdamW, or Muon on the blocks' matrices with AdamW on the rest", choices=("adamw", "muon"))
+    momentum: float = option(0.95, "Muon's decay of the gradient", low=0.0, high=1.0)
+    weight_decay: float = option(0.1, "decoupled weight decay, on matrices only", low=0.0)
     beta1: float = option(0.9, "AdamW's decay of the mean gradient", low=0.0, high=1.0)
     beta2: float = option(0.95, "AdamW's decay of the mean squared gradient", low=0.0, high=1.0)
     eps: float = option(1e-8, "AdamW's epsilon", low=0.0)
     clip: float = option(1.0, "largest norm of the gradient; longer ones are scaled down to it (0: off)", low=0.0)
-    dtype: str = option("fp32", "dtype of the computation; parameters, gradients and optimizer are fp32", choices=("fp32", "bf16"))
+    dtype: str = option(
+        "fp32", "dtype of the computation; parameters, gradients and optimizer are fp32", choices=("fp32", "bf16", "fp16")
+    )
+    activation_checkpointing: bool = option(False, "keep a block's input only and compute the rest again: less memory, slower")
+    compile: bool = option(False, "run forward and backward through torch.compile")
     device: str = option("auto", "where it runs; auto is cuda where there is a GPU", choices=("auto", "cpu", "cuda"))
     threads: int | None = option(None, "CPU threads (default: PyTorch's choice)", low=1)
     seed: int = option(0, "seed of the initial weights, the order of the data and dropout", low=0, high=2**63 - 1)
     log_every: int = option(10, "steps between two lines of log.jsonl", low=1)
     eval_every: int = option(250, "steps between two evaluations (0: none)", low=0)
     eval_sequences: int = option(256, "sequences of held-out text in an evaluation", low=1)
+    patience: int = option(0, "stop after so many evaluations in a row without a better result (0: never)", low=0)
+    keep_best: bool = option(False, "the model at the end is that of the best evaluation, not the last one")
     save_every: int = option(250, "steps between two checkpoints (0: none)", low=0)
     keep: int = option(2, "checkpoints kept", low=2)
+    log_samples: bool = option(False, "log which samples every step computed")
+    tensorboard: bool = option(False, "also write events for TensorBoard, into OUT/tensorboard")
+    wandb: bool = option(False, "also log to Weights & Biases")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check_range(field, getattr(self, field.name))
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             if getattr(self, name) >= 1:
                 raise Error(f"training: {name} is {getattr(self, name)}; a number below 1 is needed")
 

@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gptfast import hub, ops
 from gptfast.config import GPT2Config
@@ -30,6 +31,7 @@ class GPT2Model(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False  # keep only what enters a block; the backward pass computes the rest again
         self.wte = Embedding(config.vocab_size, config.n_embd)
         self.wpe = Embedding(config.n_positions, config.n_embd)
         self.drop = Dropout(config.embd_pdrop)
@@ -54,7 +56,10 @@ class GPT2Model(nn.Module):
         for block in self.h:
             if keep:
                 states.append(residual if x is None else residual + x)
-            residual, x = block(residual, x, now)
+            if self.gradient_checkpointing and torch.is_grad_enabled():  # dropout's noise is a function of `now`: no state to keep
+                residual, x = checkpoint(block, residual, x, now, use_reentrant=False, preserve_rng_state=False)
+            else:
+                residual, x = block(residual, x, now)
         return (*states, self.ln_f.after_add(residual, x)[1])
 
     def draw_seeds(self) -> Tensor | None:

@@ -57,9 +57,9 @@ def finetune(
     with running(shared, show=False):
         result = fit(wanted, settings, options, adapters if options.lora else None, resume=resume)
     if not common.json:
-        best = "".join(f", {key} {value:.4g}" for key, value in result["best"].items() if key != "step")
-        kept = f"; kept are the weights of step {result['best']['step']:,}{best}" if best else ""
-        print(f"{out}: {result['task']}, {result['step']:,} steps{kept}")
+        kept = f"; kept are the weights of step {result['best_step']:,}" if "best_step" in result else ""
+        metrics = {key: result[key] for key in result if key in ("accuracy", "val_loss", "bleu")}
+        print(f"{out}: {result['task']}, {result['step']:,} steps{kept}" + "".join(f", {k} {v:.4f}" for k, v in metrics.items()))
     return result
 
 

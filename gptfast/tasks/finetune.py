@@ -26,71 +26,50 @@ from gptfast.tasks.rows import ExampleRows
 from gptfast.tasks.task import Task, write
 from gptfast.tokenizer import GPT2Tokenizer
 from gptfast.training import log, lora
-from gptfast.training.trainer import Trainer, check_out, export, resolve_device
+from gptfast.training.state import Progress, check_out
+from gptfast.training.trainer import Trainer, resolve_device
+
+ABOUT = (
+    "This model was fine-tuned for one task, {task}. It knows what its training examples show and nothing beyond them; what it "
+    "answers is neither advice nor a source."
+)
 
 class Tuner(Trainer):
-    """A trainer that also measures the task, keeps the weights of the best evaluation, and ends with these."""
+    """A trainer that measures the task at every evaluation and ends with a folder that knows it."""
 
     def __init__(
-        self, model: Any, rows: tuple[ExampleRows, ExampleRows | None], config: TrainConfig, tokenizer: GPT2Tokenizer, quiet: bool,
-        task: Task, held_out: list[Any], options: FinetuneConfig, adapters: LoraConfig | None,
+        self, model: Any, rows: list[ExampleRows], config: TrainConfig, tokenizer: GPT2Tokenizer, quiet: bool, task: Task,
+        held_out: list[Any], options: FinetuneConfig, adapters: LoraConfig | None,
     ) -> None:
-        super().__init__(model, *rows, config, tokenizer, quiet)
-        self.task, self.held_out, self.adapters, self.options = task, held_out, adapters, options
-        self.best: dict[str, Any] = {}
-        self._home = Path(config.out) / "best"
+        val = rows[1] if len(rows) > 1 else None
+        super().__init__(model, rows[0], val, config, tokenizer, quiet, self._measure, ABOUT.format(task=task.name))
+        self.task, self.held_out, self.options, self.adapters = task, held_out, options, adapters
 
-    def _open(self, resume: bool) -> None:
-        super()._open(resume)
+    def _measure(self, model: Any) -> dict[str, float]:
+        """The task's metrics on the held-out examples; "score" is the one that decides which evaluation is best."""
+        metrics = self.task.validate(model, self.tokenizer, self.held_out)
+        key, way = self.task.chosen_by
+        return {**metrics, "score": metrics[key] if way == "highest" else -metrics[key]} if key in metrics else metrics
+
+    def _open(self, resume: bool) -> Progress:
+        progress, out = super()._open(resume), Path(self.config.out)
+        for step, folder in checkpoint.steps(out / "best"):
+            if step > progress.step:  # this run makes that step again, perhaps with other options
+                shutil.rmtree(folder)
         facts = {"task": self.task.name, "settings": self.task.settings(), "options": asdict(self.options)}
         adapters = None if self.adapters is None else asdict(self.adapters)
-        self.log.write("finetune", step=self.done, training=asdict(self.config), lora=adapters, **facts)
-        for step, folder in checkpoint.steps(self._home):
-            if step > self.done:  # this run makes that step again
-                shutil.rmtree(folder)
-        found = checkpoint.newest(self._home)
-        self.best = checkpoint.read_json(found[1] / "state.json") if found else {}
-
-    def evaluate(self) -> dict[str, float]:
-        """The loss and the task's metrics on the held-out examples; the best weights so far are kept in RUN/best."""
-        values = super().evaluate()
-        metrics = self.task.validate(self.model, self.tokenizer, self.held_out)
-        if metrics:
-            self.log.write("task", step=self.done, **metrics)
-        values = {**values, **metrics}
-        key, way = self.task.chosen_by
-        score = values[key] if way == "highest" else -values[key]
-        if math.isfinite(score) and (not self.best or score > self.best["score"]):
-            self._keep({"step": self.done, "score": score, **values})
-        return values
-
-    def _keep(self, facts: dict[str, Any]) -> None:
-        def fill(folder: checkpoint.Folder) -> None:
-            folder.tensors("model.safetensors", dict(self.model.named_parameters()))
-            folder.json("state.json", facts)
-
-        try:
-            checkpoint.save(Path(self.config.out) / "best", self.done, fill, keep=1)
-            self.best = facts
-        except OSError as error:
-            warnings.warn(f"the best weights cannot be kept: {error.strerror or error}; training goes on", stacklevel=2)
+        log.Log(out / "log.jsonl").write("finetune", step=progress.step, training=asdict(self.config), lora=adapters, **facts)
+        return progress
 
     def write_model(self, folder: Path) -> None:
-        """The best weights, adapters merged, with the task as it was fitted on the held-out examples."""
-        found = checkpoint.newest(self._home) if self.best else None
-        if found is not None:
-            weights = checkpoint.read_tensors(found[1] / "model.safetensors")
-            with torch.no_grad():
-                for name, parameter in self.model.named_parameters():
-                    parameter.copy_(weights[name])
+        """The model, adapters merged, its tokenizer, and the task as it was fitted on the held-out examples."""
         if self.held_out:
             self.task = self.task.calibrate(self.model, self.tokenizer, self.held_out)
         if self.adapters is not None:
             lora.save(self.model, Path(self.config.out) / "adapter", self.adapters, str(self.config.init))
             lora.merge(self.model)
-        folder.mkdir(parents=True, exist_ok=True)
+        super().write_model(folder)
         write(self.task, folder)
-        export(self.model, folder, self.tokenizer)
 
 
 def finetune(
@@ -101,8 +80,8 @@ def finetune(
 
     task: a name with default settings, or a Task. The steps follow from options.epochs; a part of the examples is held out, an
     epoch's end evaluates on it, and the folder gets the weights of the best one. adapters: LoRA instead of full fine-tuning; the
-    folder holds the merged model, and RUN/adapter peft's files. Returns what Trainer.fit returns, with task, settings, examples,
-    held_out, skipped_lines and best {step, ...}. Raises gptfast.Error for bad examples, LoadError for bad files.
+    folder holds the merged model, and RUN/adapter peft's files. Returns what Trainer.fit returns (the held-out metrics are those of
+    the weights that are kept), with task, settings, examples, held_out and skipped_lines. Raises gptfast.Error for bad examples, LoadError for bad files.
     """
     options = options or FinetuneConfig()
     task = find(task)() if isinstance(task, str) else task
@@ -123,20 +102,17 @@ def finetune(
     if adapters is not None:
         lora.apply(model, adapters)
     config = plan(config, options, rows)
-    tuner = Tuner(
-        model, (rows[0], rows[1] if len(rows) > 1 else None), config, tokenizer, quiet, task, held_out.items, options,
-        adapters,
-    )  # fmt: skip
+    tuner = Tuner(model, rows, config, tokenizer, quiet, task, held_out.items, options, adapters)
     if not quiet:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         sizes = f"{len(train):,} examples to learn from, {len(held_out):,} held out, {config.steps:,} steps"
         print(f"{task.name}: {trained:,} trained parameters, {sizes}", file=sys.stderr)
         print(f"backends: {backend.summary(resolve_device(config.device).type)}", file=sys.stderr)
     result = tuner.fit(resume)
-    skipped = train.skipped + (held_out.skipped if options.val_data else 0)
+    result.pop("score", None)
     return {
         **result, "task": task.name, "settings": tuner.task.settings(), "examples": len(train), "held_out": len(held_out),
-        "skipped_lines": skipped, "best": {key: value for key, value in tuner.best.items() if key != "score"},
+        "skipped_lines": train.skipped + held_out.skipped,
     }
 
 
@@ -178,7 +154,8 @@ def plan(config: TrainConfig, options: FinetuneConfig, rows: list[ExampleRows]) 
     steps = max(math.ceil(options.epochs * rows[0].windows / config.batch), 1)
     values = {
         **asdict(config), "steps": steps, "eval_every": max(round(rows[0].windows / config.batch), 1),
-        "eval_sequences": max(rows[-1].windows, 1), "warmup": steps // 10 if options.warmup is None else options.warmup,
+        "eval_sequences": rows[-1].windows, "keep_best": len(rows) > 1,
+        "warmup": steps // 10 if options.warmup is None else options.warmup,
     }
     return TrainConfig(**values)
 

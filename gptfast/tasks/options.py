@@ -10,7 +10,7 @@ from gptfast.options import Key, keys
 from gptfast.tasks import find, names
 
 # of the trainer's options, those that follow from the task's data
-_DERIVED = ("data", "out", "init", "steps", "warmup", "document_mask", "eval_every", "eval_sequences")
+_DERIVED = ("data", "out", "init", "steps", "warmup", "document_mask", "eval_every", "eval_sequences", "keep_best")
 # where fine-tuning starts from a trained model, other values are a better guess than for random weights
 DEFAULTS = {"lr": 2e-4, "min_lr": 0.0, "batch": 32, "weight_decay": 0.01}
 

@@ -84,7 +84,7 @@ class AdamW(torch.optim.AdamW):
             by_counter.setdefault(self.state[p]["step"].data_ptr(), []).append(p)
         if len(params) != len(self.state):
             stepping = set(map(id, params))
-            shared = {s["step"].data_ptr() for p, s in self.state.items() if id(p) not in stepping}
+            shared = {s["step"].data_ptr() for p, s in self.state.items() if "step" in s and id(p) not in stepping}
             for pointer in shared & by_counter.keys():
                 own = self.state[by_counter[pointer][0]]["step"].clone()
                 for p in by_counter[pointer]:

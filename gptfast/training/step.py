@@ -1,10 +1,10 @@
 """The one step function: forward and backward over the microbatches, gradient norm, clipping, update. Nothing in it waits for the
 device; speed comes from the ops below it.
 
-Parameters, gradients and optimizer state are fp32. In bf16 the model computes with a working copy that the optimizer writes beside
-the parameters; the copy enters the graph through one autograd.Function whose backward hands fp32 gradients to the parameters. Each
-use of a tied matrix enters on its own, so that the gradients of head and embedding are added in fp32 too. On a CPU the large
-tensors of a step come from memory that is kept for the next one.
+Parameters, gradients and optimizer state are fp32. In bf16 and fp16 the model computes with a working copy that the optimizer writes
+beside the parameters; the copy enters the graph through one autograd.Function whose backward hands fp32 gradients to the parameters.
+Each use of a tied matrix enters on its own, so that the gradients of head and embedding are added in fp32 too. In fp16 the loss is
+scaled before the backward pass. On a CPU the large tensors of a step come from memory that is kept for the next one.
 """
 
 from __future__ import annotations
@@ -26,11 +26,42 @@ from gptfast.training.optimizer import AdamW
 
 class StepResult(NamedTuple):
     """loss [] (mean over the step's targets), norm [] of the mean loss's gradient before clipping, finite [1] (0: nothing was
-    updated); all fp32, on the device."""
+    updated), all fp32, on the device; numbers [B] int64 on the CPU: the samples whose gradients the step was made of, or None."""
 
     loss: Tensor
     norm: Tensor
     finite: Tensor
+    numbers: Tensor | None = None
+
+
+class Sums(NamedTuple):
+    """What a step's microbatches add up to, beside the parameters' .grad: sum of the losses [], number of targets [], and the
+    numbers of the samples, if all microbatches have them."""
+
+    loss: Tensor
+    count: Tensor
+    numbers: Tensor | None
+
+
+class LossScale:
+    """fp16's factor on the loss (Micikevicius et al. 2018, arXiv:1710.03740), which keeps small gradients above fp16's smallest
+    number: halved by a step that is not finite, doubled after `interval` finite ones in a row. All on the device.
+
+    It multiplies the sum of the losses, not the mean, so it starts lower than is usual, by the number of targets.
+    """
+
+    def __init__(self, device: torch.device, start: float = 2.0**6, interval: int = 1000) -> None:
+        self.scale = torch.full((1,), start, device=device)
+        self.good = torch.zeros(1, device=device)  # finite steps since the last change
+        self.interval = interval
+
+    def update(self, finite: Tensor) -> None:
+        """After a step; finite [1]."""
+        good = (self.good + 1) * finite
+        grown = good >= self.interval
+        factor = torch.where(grown, 2.0, torch.where(finite > 0, 1.0, 0.5))
+        self.scale.mul_(factor).clamp_(2.0**-14, 2.0**24)
+        self.good.copy_(torch.where(grown, 0.0, good))
 
 
 class _Enter(torch.autograd.Function):
@@ -63,7 +94,9 @@ class Step:
     is part of the factor that the optimizer multiplies gradients with anyway. A step whose gradient is not finite changes nothing.
     """
 
-    def __init__(self, model: nn.Module, optimizer: AdamW, dtype: torch.dtype = torch.float32, clip: float = 1.0) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: AdamW, dtype: torch.dtype = torch.float32, clip: float = 1.0, compile: bool = False
+    ) -> None:
         self.model, self.optimizer, self.clip = model, optimizer, clip
         self.params: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
         device = self.params[0].device
@@ -71,6 +104,9 @@ class Step:
         self._memory = backend.step_memory(device)
         self.copies = None if dtype == torch.float32 else [p.detach().to(dtype) for p in self.params]
         self._dtype = dtype
+        self.loss_scale = LossScale(device) if dtype == torch.float16 else None
+        self._compiled = torch.compile(model.loss_sum) if compile else None  # type: ignore[call-overload]
+        self._entered = False
         optimizer.reserve()
         self._groups, self._frozen = self._sites()
 
@@ -102,19 +138,21 @@ class Step:
 
     def loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(sum of the losses, number of targets) of one microbatch, in the working dtype."""
+        function: Any = self._compiled or self.model.loss_sum
         with self._copies_in_place():
-            loss, count = self.model.loss_sum(*batch.inputs)  # type: ignore[operator]
+            loss, count = function(*batch.inputs)
         return loss, count
 
     @contextlib.contextmanager
     def _copies_in_place(self) -> Iterator[None]:
         """The model with the working copies where its parameters are, entered for autograd a block at a time: a block's gradients
-        are fp32 before those of the next one exist."""
-        if self.copies is None:
+        are fp32 before those of the next one exist. Inside itself it does nothing."""
+        if self.copies is None or self._entered:
             yield
             return
         before = [(site.module, site.name, site.module._parameters[site.name]) for group in self._groups for site in group]
         before += [(module, name, module._parameters[name]) for module, name in self._frozen]
+        self._entered = True
         try:
             for group in self._groups:
                 copies = [self.copies[site.place] for site in group]
@@ -125,27 +163,45 @@ class Step:
                 module._parameters[name] = module._parameters[name].detach().to(self._dtype)  # type: ignore[union-attr, assignment]
             yield
         finally:
+            self._entered = False
             for module, name, parameter in before:
                 module._parameters[name] = parameter
 
     def __call__(self, batches: Iterable[Batch], lr: float) -> StepResult:
         """One update from at least one microbatch at the learning rate lr."""
-        with self._memory:
-            return self._update(batches, lr)
+        return self.apply(self.gradients(batches), lr)
 
-    def _update(self, batches: Iterable[Batch], lr: float) -> StepResult:
+    def gradients(self, batches: Iterable[Batch]) -> Sums:
+        """Forward and backward over at least one microbatch. Nothing but .grad changes: where it raises, discard() undoes it."""
         total = count = None
-        for batch in batches:
-            loss, targets = self.loss_sum(batch)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total = loss.detach() if total is None else total + loss.detach()
-            count = targets if count is None else count + targets
-        assert total is not None and count is not None, "a step needs a microbatch"
-        with torch.no_grad():
-            mean = count.clamp(min=1).float().reciprocal()
+        numbers: list[Tensor] | None = []
+        with self._memory:
+            for batch in batches:
+                with self._copies_in_place():  # around the backward pass too: checkpointed blocks compute again what they need
+                    loss, targets = self.loss_sum(batch)
+                    scaled = loss if self.loss_scale is None else loss * self.loss_scale.scale.view(())
+                    scaled.backward()  # type: ignore[no-untyped-call]
+                total = loss.detach() if total is None else total + loss.detach()
+                count = targets if count is None else count + targets
+                numbers = None if numbers is None or batch.numbers is None else [*numbers, batch.numbers]
+            assert total is not None and count is not None, "a step needs a microbatch"
+        return Sums(total, count, torch.cat(numbers) if numbers else None)
+
+    def discard(self) -> None:
+        """Forgets gradients that no step is made of."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def apply(self, sums: Sums, lr: float) -> StepResult:
+        """The update from what gradients() left."""
+        with self._memory:
+            mean = sums.count.clamp(min=1).float().reciprocal()
             norm, finite = ops.grad_norm([p.grad for p in self.params if p.grad is not None])
-            norm = norm * mean
-            scale = mean * (self.clip / (norm + 1e-6)).clamp(max=1.0) if self.clip else mean.view(1)
+            factor = mean if self.loss_scale is None else mean / self.loss_scale.scale
+            norm = norm * factor
+            scale = factor * (self.clip / (norm + 1e-6)).clamp(max=1.0) if self.clip else factor.view(1)
             self.optimizer.update(self._lr.fill_(lr), scale, finite, self.copies)
-            self.optimizer.zero_grad(set_to_none=True)
-            return StepResult((total * mean).view(()), norm.view(()), finite)
+            if self.loss_scale is not None:
+                self.loss_scale.update(finite)
+            self.discard()
+            return StepResult((sums.loss * mean).view(()), norm.view(()), finite, sums.numbers)

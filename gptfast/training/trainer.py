@@ -3,51 +3,58 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
-import os
-import shutil
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gptfast import checkpoint
 from gptfast.config import TrainConfig
 from gptfast.data import TokenData
-from gptfast.errors import Error, LoadError
+from gptfast.errors import Error
+from gptfast.training import card, memory, muon, state
 from gptfast.training.loader import Batch, DataSource, Loader
-from gptfast.training.log import Line, Log, duration
 from gptfast.training.optimizer import AdamW, groups
+from gptfast.training.report import Report, facts, flops_per_token
 from gptfast.training.schedule import learning_rate
-from gptfast.training.step import Step, StepResult
+from gptfast.training.state import Progress, check_out
+from gptfast.training.step import Step, StepResult, Sums
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
-_HOPELESS = 100  # steps without a finite gradient, one after the other
-# what the order of the data and the meaning of a step depend on: a resumed run must have the same
-_FIXED = ("batch", "context", "seed", "document_mask")
+Measure = Callable[[Any], dict[str, float]]
 
 
 class Trainer:
     """Trains a model with `loss_sum` on token data: `Trainer(model, train, val, TrainConfig(...)).fit()`.
 
-    train, val: TokenData (gptfast.data.load), ids [N] as a tensor, an array or a list, or a DataSource of a task's own; val None: no
-    evaluation. model: fp32 parameters; it is moved to config.device and trained in place. tokenizer: saved with the model. With
-    config.out set, the run keeps log.jsonl and checkpoints there and ends as a Hugging Face folder. Raises gptfast.Error for data that is too short, a
-    context the model does not have, or parameters that are not fp32.
+    train, val: TokenData (gptfast.data.load), ids [N] as a tensor, an array or a list, or a DataSource of a task's own; val None:
+    no evaluation. model: fp32 parameters; it is moved to config.device and trained in place. tokenizer: saved with the model.
+    measure: called with the model in evaluation mode at every evaluation; what it returns is recorded too, and its "score", if it
+    has one (higher is better), decides which evaluation is best, else the held-out loss does. about: what the model card says of
+    the kind of model. With config.out set, the run keeps log.jsonl and checkpoints there and ends as a Hugging Face folder. Raises
+    gptfast.Error for data that is too short, a context the model does not have, or parameters that are not fp32.
     """
 
     def __init__(
-        self, model: Any, train: Any, val: Any = None, config: TrainConfig | None = None, tokenizer: Any = None, quiet: bool = False
+        self,
+        model: Any,
+        train: Any,
+        val: Any = None,
+        config: TrainConfig | None = None,
+        tokenizer: Any = None,
+        quiet: bool = False,
+        measure: Measure | None = None,
+        about: str = card.BASE,
     ) -> None:
         self.model, self.config, self.tokenizer, self.quiet = model, config or TrainConfig(), tokenizer, quiet
+        self.measure, self.about = measure, about
         config = self.config
         self.device = resolve_device(config.device)
         wrong = next((n for n, p in model.named_parameters() if p.dtype != torch.float32), None)
@@ -58,20 +65,25 @@ class Trainer:
             raise Error(f"context is {self.context:,}; the model has {model.config.n_positions:,} positions")
         self.loader = self._source(train)
         self.val = self._held_out(val)
-        model.to(self.device)
-        decayed = groups(model.named_parameters(), config.weight_decay)
-        self.optimizer = AdamW(decayed, config.lr, (config.beta1, config.beta2), config.eps)
-        self.step = Step(model, self.optimizer, DTYPES[config.dtype], config.clip)
-        self.microbatch = min(config.microbatch or config.batch, config.batch)
-        self.done = self.skipped = self.tokens = 0  # steps, skipped ones, tokens seen
         self.out = Path(config.out) if config.out else None
-        self.log = Log(None)
-        self._recent: list[StepResult] = []
-        self._seconds = self._interval = 0.0
-        self._counted = self._logged = self._barren = 0
+        if config.keep_best and (self.out is None or self.val is None):
+            raise Error("keep_best needs held-out data and --out, where the best weights are kept")
+        model.to(self.device)
+        model.transformer.gradient_checkpointing = config.activation_checkpointing
+        self.step = Step(model, self._optimizer(), DTYPES[config.dtype], config.clip, config.compile)
+        self.optimizer = self.step.optimizer
+        self.progress = Progress(microbatch=min(config.microbatch or config.batch, config.batch))
         self._signal: int | None = None
         self._saved = -1
-        self.loss = math.nan
+        self._evaluated: tuple[int, dict[str, float]] = (-1, {})
+
+    def _optimizer(self) -> AdamW:
+        config, named = self.config, self.model.named_parameters()
+        betas = config.beta1, config.beta2
+        if config.optimizer == "adamw":
+            return AdamW(groups(named, config.weight_decay), config.lr, betas, config.eps)
+        products = torch.float32 if config.dtype == "fp32" else torch.bfloat16
+        return muon.of_model(named, config.lr, config.weight_decay, config.momentum, betas, config.eps, products)
 
     def _source(self, given: Any) -> DataSource:
         """A source as it is, if its rows fit the model; token data in windows."""
@@ -91,6 +103,11 @@ class Trainer:
             return None
         return self._source(data)
 
+    @property
+    def done(self) -> int:
+        """Steps done so far."""
+        return self.progress.step
+
     # ------------------------------------------------------------------------------------------------------------------ the loop
 
     def fit(self, resume: bool = False) -> dict[str, Any]:
@@ -98,116 +115,140 @@ class Trainer:
 
         resume: go on from the newest checkpoint of config.out that verifies, bit for bit as if never stopped (on the CPU). SIGTERM
         and the first Ctrl-C finish the step, save, and raise SystemExit(75 or 130). A save that fails (a full disk) is a warning.
-        Raises gptfast.Error where config.out is not empty and resume is not asked for, or where the checkpoint is of another run.
+        Where memory runs out in a step, it is computed again in microbatches of half the size. Raises gptfast.Error where
+        config.out is not empty and resume is not asked for, where the checkpoint is of another run, or where one sequence is too
+        much for the memory.
         """
-        self._open(resume)
+        progress, config = self._open(resume), self.config
+        report = Report(config, progress, flops_per_token(self.model, self.context), self.device, self.quiet)
         self.model.train()
-        config = self.config
-        with Line(not self.quiet) as line, self._signals():
-            while self.done < config.steps:
+        with report, self._signals():
+            given = facts(config, self.model)
+            report.open(self.out, "resume" if progress.step else "start", data=self.loader.fingerprint, **given)
+            while not self._ended():
                 start = time.perf_counter()
-                result = self.step(self._microbatches(self.done), learning_rate(self.done, config))
-                self.done += 1
-                self._recent.append(result)
-                if self.done % config.log_every == 0 or self.done == config.steps or line.due():
-                    self.loss = float(result.loss)  # waits for the device, so that the seconds below are real
-                self._interval += time.perf_counter() - start
-                self._after_step(line)
-            final = self.evaluate() if self.val is not None else {}
-            self._export(line)
-        seconds = max(self._seconds, 1e-9)
+                result, tokens = self._compute(report)
+                progress.step += 1
+                progress.tokens += tokens
+                report.add(result, tokens)
+                report.took(time.perf_counter() - start)
+                self._after_step(report)
+            report.flush()
+            final = dict(self._judge(report, say=False)) if self.val is not None else {}
+            self._export(report, final)
         return {
-            "step": self.done, "tokens": self.tokens, "loss": self.loss, "skipped": self.skipped,
-            "seconds": round(self._seconds, 2), "tokens_per_s": round(self._counted / seconds), **final,
+            "step": progress.step, "tokens": progress.tokens, "loss": report.loss, "skipped": progress.skipped,
+            "seconds": round(report.seconds, 2), "tokens_per_s": round(report.rate), **final,
+            **({"best_step": progress.best_step} if config.keep_best else {}),
             **({"out": str(self.out)} if self.out else {}),
         }
 
-    def _microbatches(self, step: int) -> Iterator[Batch]:
+    def _ended(self) -> bool:
+        """All steps are done, or the evaluations have stopped getting better."""
+        patience = self.config.patience
+        return self.progress.step >= self.config.steps or (patience > 0 and self.progress.stale >= patience)
+
+    def _compute(self, report: Report) -> tuple[StepResult, int]:
+        """One step: its result and its tokens. The batch is the same whatever memory allows to compute at once."""
+        while True:
+            noise = torch.get_rng_state()
+            seen: list[int] = []
+            sums: Sums | None = None
+            try:
+                sums = self.step.gradients(self._microbatches(self.progress.step, seen))
+            except (RuntimeError, MemoryError) as error:
+                if not memory.exhausted(error):
+                    raise
+            if sums is not None:
+                return self.step.apply(sums, learning_rate(self.progress.step, self.config)), sum(seen)
+            self._halve(report)  # the exception is gone by now, and with it the tensors that its frames held
+            torch.set_rng_state(noise)
+
+    def _halve(self, report: Report) -> None:
+        self.step.discard()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        size, half = self.progress.microbatch, (self.progress.microbatch + 1) // 2
+        if size == 1:
+            ways = "--activation-checkpointing, a shorter --context or a smaller model"
+            raise Error(f"memory is too small for one sequence of {self.context:,} tokens; ways to need less: {ways}")
+        self.progress.microbatch = half
+        parts = -(-self.config.batch // half)
+        report.record("microbatch", sequences=half)
+        report.line.say(f"out of memory: {half} sequences at a time instead of {size}, in {parts} parts; the batch stays the same")
+
+    def _microbatches(self, step: int, seen: list[int]) -> Iterator[Batch]:
+        """The batch of a step in parts; the tokens of each are added to `seen`."""
         first = step * self.config.batch
-        for offset in range(0, self.config.batch, self.microbatch):
-            count = min(self.microbatch, self.config.batch - offset)
-            batch = self.loader.samples(first + offset, count)
-            self.tokens += batch.tokens
+        for offset in range(0, self.config.batch, self.progress.microbatch):
+            batch = self.loader.samples(first + offset, min(self.progress.microbatch, self.config.batch - offset))
+            seen.append(batch.tokens)
             yield batch.to(self.device)
 
-    def _after_step(self, line: Line) -> None:
-        config, last = self.config, self.done == self.config.steps
-        if self.done % config.log_every == 0 or last:
-            self._write_log(line)
-        if line.due() or last:
-            line.show(self._progress(), now=last)
-        if self.val is not None and config.eval_every and (self.done % config.eval_every == 0) and not last:
-            values = self.evaluate()
-            line.say(f"step {self.done:,}: held-out loss {values['val_loss']:.4f} ± {values['val_ci']:.4f}")
-        if self.out and config.save_every and (self.done % config.save_every == 0 or last or self._signal is not None):
-            self._save(line)
+    def _after_step(self, report: Report) -> None:
+        config, step = self.config, self.progress.step
+        report.show()
+        if self.val is not None and config.eval_every and step % config.eval_every == 0 and step < config.steps:
+            self._judge(report, say=True)
+        last = self._ended()
+        if self.out and config.save_every and (step % config.save_every == 0 or last or self._signal is not None):
+            self._save(report)
         if self._signal is not None:
-            self._write_log(line)
-            line.say(f"stopped at step {self.done:,}; --resume goes on from step {max(self._saved, 0):,}")
+            report.flush()
+            report.line.say(f"stopped at step {step:,}; --resume goes on from step {max(self._saved, 0):,}")
             raise SystemExit(EXIT_CODES[signal.Signals(self._signal)] if self._saved >= 0 else 1)
+        if last and step < config.steps:
+            since = f"no better than step {self.progress.best_step:,} in {config.patience} evaluations"
+            report.line.say(f"stopped at step {step:,}: {since}")
 
-    def _write_log(self, line: Line) -> None:
-        """Reads the results of the steps since the last time (the one wait for the device) and logs them."""
-        if not self._recent:
-            return
-        losses = torch.stack([r.loss for r in self._recent]).tolist()
-        finite = torch.cat([r.finite for r in self._recent]).tolist()
-        good = [loss for loss, fine in zip(losses, finite, strict=True) if fine]
-        bad = len(losses) - len(good)
-        self.skipped += bad
-        self.loss = sum(good) / len(good) if good else math.nan
-        tokens, self._logged = self.tokens - self._logged, self.tokens
-        self._seconds += self._interval
-        self._counted += tokens
-        problem = self.log.write(
-            "step", step=self.done, tokens=self.tokens, loss=self.loss, lr=learning_rate(self.done - 1, self.config),
-            norm=float(self._recent[-1].norm), tokens_per_s=round(tokens / max(self._interval, 1e-9)), skipped=self.skipped,
-        )
-        self._recent, self._interval = [], 0.0
-        if bad:
-            line.say(f"step {self.done:,}: {bad} of the last {len(losses)} steps were skipped: their gradient is not finite")
-        if problem:
-            line.say(f"warning: {problem}")
-        self._barren = 0 if good else self._barren + bad
-        if self._barren >= _HOPELESS:
-            raise Error(f"the last {self._barren} steps had gradients that are not finite; a lower --lr or --dtype fp32 may help")
-
-    def _progress(self) -> str:
-        seconds = self._seconds + self._interval
-        rate = (self._counted + self.tokens - self._logged) / seconds if seconds else 0.0
-        left = (self.config.steps - self.done) * self.tokens / self.done
-        eta = duration(left / rate) if rate else "?"
-        return f"step {self.done:,}/{self.config.steps:,}  loss {self.loss:.3f}  {rate:,.0f} tokens/s  ETA {eta}"
+    # ---------------------------------------------------------------------------------------------------------------- evaluation
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Mean loss a target over held-out rows spread evenly over the data, with the half-width of its 95 % confidence interval
-        (from the spread between microbatches), and bits per byte where the data records its bytes. Logged."""
+        (from the spread between microbatches), bits per byte where the data records its bytes, and what `measure` returns."""
         if self.val is None:
             raise Error("there is no held-out data to evaluate on")
-        count = min(self.config.eval_sequences, self.val.windows)
+        count, size = min(self.config.eval_sequences, self.val.windows), self.progress.microbatch
         numbers = [number * self.val.windows // count for number in range(count)]
         self.model.eval()
         sums, targets = [], []
-        for first in range(0, count, self.microbatch):
-            loss, found = self.step.loss_sum(self.val.rows(numbers[first : first + self.microbatch]).to(self.device))
+        for first in range(0, count, size):
+            loss, found = self.step.loss_sum(self.val.rows(numbers[first : first + size]).to(self.device))
             sums.append(float(loss))
             targets.append(int(found))
+        measured = self.measure(self.model) if self.measure is not None else {}
         self.model.train()
         total, parts = max(sum(targets), 1), len(sums)
         mean = sum(sums) / total
-        # of a ratio of two sums (Cochran 1977, "Sampling Techniques", 6.4); with equal counts that of a mean
+        # of a ratio of two sums (Cochran 1977, "Sampling Techniques", section 2.11); with equal counts that of a mean
         off = sum((loss - mean * found) ** 2 for loss, found in zip(sums, targets, strict=True))
         values = {"val_loss": mean, "val_ci": 1.96 * math.sqrt(off * parts / max(parts - 1, 1)) / total}
         if self.val.bytes_per_target:
             values["val_bits_per_byte"] = mean / self.val.bytes_per_target / math.log(2)
-        self.log.write("eval", step=self.done, **values)
+        return {**values, **measured}
+
+    def _judge(self, report: Report, say: bool) -> dict[str, float]:
+        """Evaluates, unless this step was, and compares with the best so far."""
+        progress = self.progress
+        if self._evaluated[0] == progress.step:
+            return self._evaluated[1]
+        values = self.evaluate()
+        self._evaluated = progress.step, values
+        report.evaluated(values, say)
+        value = -values["score"] if "score" in values else values["val_loss"]
+        if progress.best is None or value < progress.best:
+            progress.best, progress.best_step, progress.stale = value, progress.step, 0
+            if self.config.keep_best:
+                self._save(report, best=True)
+        else:
+            progress.stale += 1
         return values
 
     # ------------------------------------------------------------------------------------------------------- folder, save, resume
 
-    def _open(self, resume: bool) -> None:
-        """Starts afresh, or from the newest checkpoint; opens the log."""
+    def _open(self, resume: bool) -> Progress:
+        """Starts afresh, or from the newest checkpoint."""
         if self.out is not None:
             check_out(self.out, resume)
             self.out.mkdir(parents=True, exist_ok=True)
@@ -217,84 +258,52 @@ class Trainer:
                 warnings.warn(f"run {self.out} has no checkpoint: starting from step 0", stacklevel=3)
             torch.manual_seed(self.config.seed)
         else:
-            self._load(found[1])
-        self.log = Log(None if self.out is None else self.out / "log.jsonl")
-        facts = {"config": dataclasses.asdict(self.config), "model": dataclasses.asdict(self.model.config)}
-        event = "resume" if self.done else "start"
-        self.log.write(event, step=self.done, data=self.loader.fingerprint, torch=torch.__version__, **facts)
+            self.progress = state.load(found[1], self.step, self.config, self.loader)
+            self._saved = found[0]
+        return self.progress
 
-    def _named(self) -> dict[str, Tensor]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def _save(self, line: Line) -> None:
-        """A checkpoint of this step; a disk that is full or gone is a warning, and the last good one stays."""
+    def _save(self, report: Report, best: bool = False) -> None:
+        """A checkpoint of this step, or its weights as the best ones; a disk that is full or gone is a warning, and the last good
+        checkpoint stays."""
         assert self.out is not None
-        self._write_log(line)
+        report.flush()
+        step = self.progress.step
         try:
-            checkpoint.save(self.out, self.done, self._fill, self.config.keep)
-            self._saved = self.done
+            if best:
+                checkpoint.save(self.out / "best", step, lambda folder: state.weights(folder, self.model), 2)
+            else:
+                fill = lambda folder: state.fill(folder, self.step, self.progress, self.config, self.loader)  # noqa: E731
+                checkpoint.save(self.out, step, fill, self.config.keep)
+                self._saved = step
         except OSError as error:
             reason = error.strerror or str(error)
-            self.log.write("save_failed", step=self.done, reason=reason)
-            line.say(f"warning: no checkpoint of step {self.done:,}: {reason}; training goes on")
+            report.record("save_failed", reason=reason)
+            report.line.say(f"warning: no checkpoint of step {step:,}: {reason}; training goes on")
 
-    def _fill(self, folder: checkpoint.Folder) -> None:
-        random, states = checkpoint.random_state()
-        optimizer: dict[str, Tensor] = {}
-        for name, p in self._named().items():
-            optimizer |= {f"{key}.{name}": value for key, value in self.optimizer.state[p].items()}
-        folder.tensors("model.safetensors", dict(self.model.named_parameters()))
-        folder.tensors("optimizer.safetensors", optimizer)
-        folder.tensors("random.safetensors", states)
-        folder.json("state.json", {
-            "version": checkpoint.VERSION, "step": self.done, "skipped": self.skipped, "tokens": self.tokens,
-            "data": self.loader.fingerprint,
-            "config": dataclasses.asdict(self.config), "model": dataclasses.asdict(self.model.config), "random": random,
-        })  # fmt: skip
-
-    def _load(self, folder: Path) -> None:
-        state = checkpoint.read_json(folder / "state.json")
-        for name in _FIXED:
-            old, new = state["config"].get(name), getattr(self.config, name)
-            if old != new:
-                raise Error(f"resume: {name} was {old} in {folder}, now it is {new}; a resumed run keeps it")
-        if state["data"] != self.loader.fingerprint:
-            raise Error(f"resume: the training data is not what {folder} was trained on; give the same --data, or another --out")
-        weights, moments = (checkpoint.read_tensors(folder / f"{name}.safetensors") for name in ("model", "optimizer"))
-        with torch.no_grad():
-            for name, p in self.model.named_parameters():
-                if name not in weights or weights[name].shape != p.shape:
-                    raise LoadError(f"resume: {folder} holds another model: {name} does not fit")
-                p.copy_(weights[name])
-        step = torch.zeros(1, device=self.device)
-        for name, p in self._named().items():
-            values = {key: moments[f"{key}.{name}"].to(self.device) for key in ("exp_avg", "exp_avg_sq", "step")}
-            step.fill_(float(values.pop("step")))
-            self.optimizer.state[p] = {"step": step.view(()), **values}
-        self.step.refresh()
-        checkpoint.set_random_state(state["random"], checkpoint.read_tensors(folder / "random.safetensors"))
-        self.done, self.skipped, self._saved = state["step"], state["skipped"], state["step"]
-        self.tokens = self._logged = state.get("tokens", self.done * self.config.batch * self.context)
-
-    def _export(self, line: Line) -> None:
-        """The model and the tokenizer as a Hugging Face folder: written beside, then renamed into place, config.json last."""
+    def _export(self, report: Report, final: dict[str, float]) -> None:
+        """The run's folder becomes a Hugging Face folder with the last weights, or the best ones."""
         if self.out is None:
             return
-        temporary = self.out / f"export.tmp-{os.getpid()}"
-        try:
-            self.write_model(temporary)
-            for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
-                os.replace(path, self.out / path.name)
-            checkpoint.sync_folder(self.out)
-        except OSError as error:
-            reason = f"the model cannot be written: {error.strerror or error}; the checkpoints are there"
-            raise LoadError(f"run {self.out}: {reason}") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        progress = self.progress
+        if self.config.keep_best and progress.best_step != progress.step:
+            best = self.out / f"best/checkpoints/step_{progress.best_step:09d}"
+            reason = checkpoint.verify(best)
+            if reason is None:
+                state.load_weights(best, self.model)
+                self.step.refresh()
+                final.update(self.evaluate())
+            else:
+                report.line.say(f"warning: the best weights are gone ({reason}); the model is the last step's")
+        text = card.card(
+            self.out.name, self.model, self.config, progress, self.loader, report.loss, final, self.device, self.about
+        )  # fmt: skip
+        state.export(self.out, self.write_model, text)
 
     def write_model(self, folder: Path) -> None:
-        """Writes into an empty folder what the run ends as."""
-        export(self.model, folder, self.tokenizer)
+        """Writes into an empty folder what the run ends as: config.json, safetensors, tokenizer files."""
+        self.model.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -315,24 +324,6 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def export(model: Any, folder: Path, tokenizer: Any = None) -> None:
-    """Writes and fsyncs a Hugging Face folder: config.json, safetensors, tokenizer files. Raises OSError where the disk is full."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    for path in folder.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    checkpoint.sync_folder(folder)
-
-
-def check_out(out: Path, resume: bool) -> None:
-    """Raises gptfast.Error where `out` is not empty and resume is not asked for."""
-    if out.exists() and (not out.is_dir() or (not resume and any(out.iterdir()))):
-        raise Error(f"run {out} is not empty; go on with --resume, or name another folder with --out")
 
 
 def resolve_device(name: str) -> torch.device:
