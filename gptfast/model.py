@@ -148,7 +148,9 @@ class PreTrained(nn.Module):
             raise Error(f"the sequence has {length:,} tokens, the model's context is {self.config.n_positions:,}")
         if position_ids is None:
             position_ids = torch.arange(length, device=input_ids.device).expand_as(input_ids)
-        return self.transformer(Pass(input_ids, None, position_ids, document_ids, self.transformer.draw_seeds()))[-1]
+        now = Pass(input_ids, None, position_ids, document_ids, self.transformer.draw_seeds())
+        states: tuple[Tensor, ...] = self.transformer(now)
+        return states[-1]
 
 
 class GPT2LMHeadModel(PreTrained):

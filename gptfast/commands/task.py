@@ -59,7 +59,8 @@ def finetune(
     if not common.json:
         kept = f"; kept are the weights of step {result['best_step']:,}" if "best_step" in result else ""
         metrics = {key: result[key] for key in result if key in ("accuracy", "val_loss", "bleu")}
-        print(f"{out}: {result['task']}, {result['step']:,} steps{kept}" + "".join(f", {k} {v:.4f}" for k, v in metrics.items()))
+        told = "".join(f", {key} {value:.4f}" for key, value in metrics.items())
+        print(f"{out}: {result['task']}, {result['step']:,} steps{kept}{told}")
     return result
 
 
@@ -84,7 +85,7 @@ def predict(
     common: Common,
     given: dict[str, Any],
     text: Annotated[list[str] | None, typer.Argument(metavar="TEXT...", help="what to answer", show_default="none")] = None,
-    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="examples without answers", show_default="none")] = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="unanswered examples", show_default="none")] = None,
     task: TaskName = None,
     skip_bad: SkipBad = False,
 ) -> dict[str, Any]:

@@ -144,6 +144,8 @@ class Dialogue(Task):
 
     def encode(self, example: Conversation, tokenizer: GPT2Tokenizer, context: int) -> Encoded:
         """Of a conversation that is too long the end is cut off; raises gptfast.Error where no answer is left."""
+        if tokenizer.eos_token_id is None:
+            raise Error("the tokenizer has no <|endoftext|>, which ends an answer")
         ids: list[int] = []
         targets: list[int] = []
         for text, speaks in _segments(example.messages, _form(self.template)):

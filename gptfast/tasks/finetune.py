@@ -7,7 +7,7 @@ import math
 import shutil
 import sys
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,8 @@ def finetune(
     task: a name with default settings, or a Task. The steps follow from options.epochs; a part of the examples is held out, an
     epoch's end evaluates on it, and the folder gets the weights of the best one. adapters: LoRA instead of full fine-tuning; the
     folder holds the merged model, and RUN/adapter peft's files. Returns what Trainer.fit returns (the held-out metrics are those of
-    the weights that are kept), with task, settings, examples, held_out and skipped_lines. Raises gptfast.Error for bad examples, LoadError for bad files.
+    the weights that are kept), with task, settings, examples, held_out and skipped_lines. Raises gptfast.Error for bad
+    examples, gptfast.LoadError for bad files.
     """
     options = options or FinetuneConfig()
     task = find(task)() if isinstance(task, str) else task
@@ -153,7 +154,7 @@ def plan(config: TrainConfig, options: FinetuneConfig, rows: list[ExampleRows]) 
     """The configuration with what follows from the data: steps, their warm-up, an evaluation of all that is held out each epoch."""
     steps = max(math.ceil(options.epochs * rows[0].windows / config.batch), 1)
     values = {
-        **asdict(config), "steps": steps, "eval_every": max(round(rows[0].windows / config.batch), 1),
+        **asdict(config), "steps": steps, "eval_every": -(-rows[0].windows // config.batch),
         "eval_sequences": rows[-1].windows, "keep_best": len(rows) > 1,
         "warmup": steps // 10 if options.warmup is None else options.warmup,
     }

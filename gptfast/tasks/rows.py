@@ -48,7 +48,8 @@ class ExampleRows:
         out[:] = np.array([0, IGNORED, -1, 0])[:, None, None]
         for place, row in enumerate(made):
             out[:, place, : row.shape[1]] = row
-        return Batch(*torch.from_numpy(out), numbers=torch.tensor(numbers))
+        ids, targets, documents, positions = torch.from_numpy(out)
+        return Batch(ids, targets, documents, positions, torch.tensor(numbers))
 
     def _row(self, group: list[int]) -> np.ndarray:  # type: ignore[type-arg]
         """ids, targets, document_ids and positions [4, T] of some examples side by side."""

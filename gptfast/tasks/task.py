@@ -64,7 +64,8 @@ class Task(ABC):
 
     @abstractmethod
     def example(self, text: str) -> Example:
-        """The example, without its answer, that `gptfast predict MODEL TEXT` means. Raises gptfast.Error where text is not enough."""
+        """The example, without its answer, that `gptfast predict MODEL TEXT` means. Raises gptfast.Error where a text does not
+        say enough."""
 
     def prepare(self, examples: Sequence[Any]) -> Self:
         """The task with what it has to know from its training examples (the names of the classes). Raises gptfast.Error where it
@@ -94,7 +95,7 @@ class Task(ABC):
 
     # ------------------------------------------------------------------------------------------------------------- model in memory
 
-    def configure(self, model: Any) -> None:
+    def configure(self, model: Any) -> None:  # noqa: B027 - most tasks need nothing
         """Fits a model that was loaded to the task before training (the number of classes of its head)."""
 
     @abstractmethod

@@ -2,8 +2,8 @@
 
     y = x W + b + s x A^T B^T
 
-A [r, in] starts random, B [out, r] at zero, s = alpha / r. Files are peft's: adapter_config.json and adapter_model.safetensors, with
-`fan_in_fan_out` because GPT-2 stores matrices as [in, out]. merge() adds s A^T B^T to W, after which the model is a plain one.
+A [r, in] starts random, B [out, r] at zero, s = alpha / r. Files are peft's, adapter_config.json and adapter_model.safetensors,
+with `fan_in_fan_out` because GPT-2 stores matrices as [in, out]. merge() adds s A^T B^T to W, after which the model is a plain one.
 """
 
 from __future__ import annotations

@@ -18,8 +18,9 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 TARGETS = ("c_attn", "attn.c_proj", "c_fc")
 IDS = torch.arange(60).view(3, 20) * 11 % 96
 KINDS = {
-    "CAUSAL_LM": (GPT2LMHeadModel, transformers.GPT2LMHeadModel), "SEQ_CLS": (GPT2ForSequenceClassification, transformers.GPT2ForSequenceClassification),
-}  # fmt: skip
+    "CAUSAL_LM": (GPT2LMHeadModel, transformers.GPT2LMHeadModel),
+    "SEQ_CLS": (GPT2ForSequenceClassification, transformers.GPT2ForSequenceClassification),
+}
 
 
 @pytest.fixture(params=KINDS)

@@ -43,7 +43,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     end = tokenizer.eos_token_id
     config = GPT2Config(
-        len(tokenizer), 48, 32, 2, 2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=end, eos_token_id=end,
+        len(tokenizer), 64, 32, 2, 2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=end, eos_token_id=end,
         initializer_range=0.1,
     )  # fmt: skip
     GPT2LMHeadModel(config).save_pretrained(folder)
@@ -53,9 +53,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def moods(tmp_path: Path) -> Path:
-    """300 labelled sentences as .tsv."""
+    """200 labelled sentences as .tsv."""
     path = tmp_path / "moods.tsv"
-    path.write_text("".join(f"{text}\t{label}\n" for text, label in _sentences(300, 1)))
+    path.write_text("".join(f"{text}\t{label}\n" for text, label in _sentences(200, 1)))
     return path
 
 

@@ -115,6 +115,7 @@ def test_a_new_head_for_new_classes_only(base: Path) -> None:
     Classification(labels=["bad", "good"]).configure(model)
     assert model.score is head
     Classification(labels=["a", "b", "c"]).configure(model)
-    assert model.score.weight.shape == (3, 16) and model.config.num_labels == 3 and model.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert model.score.weight.shape == (3, 16) and model.config.num_labels == 3
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
     with pytest.raises(Error, match="no names of classes are recorded"):
         Classification().answer(model, GPT2Tokenizer.from_pretrained(base), [Labelled(text="x")])

@@ -92,7 +92,7 @@ def test_a_conversation_that_is_too_long(tokenizer: GPT2Tokenizer) -> None:
         ('{"text": "x"}', "messages are None"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "the assistant says nothing"),
         ('{"messages": [{"role": "robot", "content": "x"}]}', "message 1 has the role 'robot'; allowed: system, user, assistant"),
-        ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}]}', "message 2 has the content ' '"),
+        ('{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": " "}]}', "message 2 has the content ' '"),
         ('{"messages": ["x"]}', "message 1 is 'x'"),
     ],
 )
@@ -137,9 +137,9 @@ def test_perplexity_is_that_of_the_answers_alone(base: Path, tmp_path: Path) -> 
 def tuned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dialogue")
     data = conversations(folder / "a.jsonl", 160)
-    config = TrainConfig(str(data), str(folder / "run"), str(base), lr=1e-2, batch=16, weight_decay=0.0, save_every=0, device="cpu")
-    result = finetune("dialogue", config, FinetuneConfig(epochs=8), quiet=True)
-    assert result["task"] == "dialogue" and result["val_loss"] < 0.3
+    config = TrainConfig(str(data), str(folder / "run"), str(base), lr=1e-2, batch=8, weight_decay=0.0, save_every=0)
+    result = finetune("dialogue", config, FinetuneConfig(epochs=5, val=0.0), quiet=True)
+    assert result["task"] == "dialogue" and result["loss"] < 0.1
     return folder / "run"
 
 
@@ -149,7 +149,7 @@ def test_what_was_learned_is_answered(tuned: Path, run: Any, tmp_path: Path) -> 
     assert code == 0 and out.splitlines() == [ANSWERS["film"], ANSWERS["joke"]]
     code, out, _ = run("evaluate", tuned, "--data", conversations(tmp_path / "b.jsonl", 20), "--json")
     assert code == 0 and json.loads(out)["perplexity"] < 1.5
-    code, out, err = run("evaluate", tuned, "--data", tmp_path / "b.jsonl", "--json", "--template", "markdown")
+    code, out, _ = run("evaluate", tuned, "--data", tmp_path / "b.jsonl", "--json", "--template", "markdown")
     assert code == 0 and json.loads(out)["perplexity"] > 1.5, "another template is another language"
 
 

@@ -83,7 +83,7 @@ def test_labels_that_are_not_known(tmp_path: Path) -> None:
         ("a.tsv", b"", "no examples"),
         ("a.jsonl", b"\n\n", "no examples"),
         ("a.tsv", b"x\ta\n\xff\tb\n", "line 2: not UTF-8"),
-        ("a.tsv.gz", gzip.compress(b"x\ta\n" * 99)[:30], "not a whole .gz"),
+        ("a.tsv.gz", gzip.compress(b"x\ta\n" * 99)[:20], "not a whole .gz"),
         ("a.tsv.gz", b"x\ta\n", "not a whole .gz"),
         ("a.csv", b'x,a\n"y', "line 2: not CSV"),
         ("a.parquet", b"x", r"allowed are \.jsonl, \.tsv, \.csv"),
@@ -100,5 +100,5 @@ def test_no_such_file_and_nothing_but_bad_lines(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=r"absent\.tsv: no such file"):
         collect(tmp_path / "absent.tsv", ("text",), lambda record: record)
     (tmp_path / "a.jsonl").write_text("{\n{\n")
-    with pytest.raises(LoadError, match="no examples in it; the first bad line: .*line 1"):
+    with pytest.raises(LoadError, match=r"no examples in it; the first bad line: .*line 1"):
         Classification().read(tmp_path / "a.jsonl", skip_bad=True)

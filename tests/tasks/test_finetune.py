@@ -12,19 +12,20 @@ from typing import Any
 import pytest
 import torch
 
+import gptfast
 from gptfast import Error, LoadError, checkpoint, tasks
 from gptfast.config import LoraConfig, TrainConfig
 from gptfast.hub import read_json
 from gptfast.model import GPT2ForSequenceClassification
 from gptfast.tasks.classification import Classification
-from gptfast.tasks.finetune import finetune, read
+from gptfast.tasks.finetune import finetune, load, read
 from gptfast.tasks.options import FinetuneConfig
 from gptfast.tasks.run import evaluate, predict
-from gptfast.training import lora, log
+from gptfast.training import log, lora
 
 
 def config(base: Path, data: Path, out: Path, **more: Any) -> TrainConfig:
-    values = {"lr": 1e-2, "batch": 16, "weight_decay": 0.0, "save_every": 7, "device": "cpu", **more}
+    values = {"lr": 1e-2, "batch": 16, "weight_decay": 0.0, "save_every": 20, "device": "cpu", **more}
     return TrainConfig(str(data), str(out), str(base), **values)
 
 
@@ -94,7 +95,7 @@ def test_held_out_examples_are_a_part_of_the_data_and_copies_stay_together(moods
     settings = config(base, moods, tmp_path / "run")
     _, train, held_out = read(Classification(), settings, FinetuneConfig(val=0.2))
     texts = [{example.text for example in part} for part in (train, held_out)]
-    assert not texts[0] & texts[1] and len(train) + len(held_out) == 600 and 60 <= len(held_out) <= 180
+    assert not texts[0] & texts[1] and len(train) + len(held_out) == 400 and 40 <= len(held_out) <= 120
     again = read(Classification(), settings, FinetuneConfig(val=0.2))
     assert again[1].items == train.items
     other = read(Classification(), config(base, moods, tmp_path / "run", seed=1), FinetuneConfig(val=0.2))
@@ -169,14 +170,14 @@ def test_lora_for_every_task(base: Path, moods: Path, tmp_path: Path, name: str)
         data = tmp_path / "data.jsonl"
         turns = [{"role": "user", "content": "the film"}, {"role": "assistant", "content": "is warm"}]
         data.write_text((json.dumps({"text": "the film is warm", "messages": turns}) + "\n") * 40)
+        data.write_text(data.read_text() + json.dumps({"text": "the plot is dull", "messages": turns * 2}))
     adapters = LoraConfig(lora_rank=4, lora_targets=("c_attn", "mlp.c_proj"))
-    result = finetune(name, config(base, data, tmp_path / "run", lr=2e-2), FinetuneConfig(epochs=3), adapters, quiet=True)
-    model = getattr(__import__("gptfast"), tasks.find(name).head).from_pretrained(tmp_path / "run")
+    result = finetune(name, config(base, data, tmp_path / "run", lr=2e-2), FinetuneConfig(epochs=3, val=0.0), adapters, quiet=True)
+    model = getattr(gptfast, tasks.find(name).head).from_pretrained(tmp_path / "run")
     before, after = checkpoint.read_tensors(base / "model.safetensors"), weights(tmp_path / "run")
     changed = {key.split(".", 3)[-1] for key in before if not torch.equal(before[key], after[key])}
-    assert changed == {"attn.c_attn.weight", "mlp.c_proj.weight"} and result["loss"] < 3
-    fresh = getattr(__import__("gptfast"), tasks.find(name).head).from_pretrained(base)
-    tasks.recorded(tmp_path / "run").configure(fresh)  # type: ignore[union-attr]
+    assert changed == {"attn.c_attn.weight", "mlp.c_proj.weight"} and result["loss"] < 4.5
+    fresh = load(tasks.recorded(tmp_path / "run"), str(base))  # type: ignore[arg-type]
     lora.load(fresh, tmp_path / "run/adapter")
     ids = torch.randint(0, 300, (1, 20))
     with torch.no_grad():
@@ -187,7 +188,7 @@ def test_lora_for_every_task(base: Path, moods: Path, tmp_path: Path, name: str)
 def test_packed_rows_learn_too(base: Path, moods: Path, tmp_path: Path) -> None:
     options = FinetuneConfig(epochs=6, pack=True)
     result = finetune("sentiment", config(base, moods, tmp_path / "run", batch=4), options, quiet=True)
-    assert result["accuracy"] > 0.9 and result["step"] < 6 * 300 / 4 / 2
+    assert result["accuracy"] > 0.9 and result["step"] < 6 * 200 / 4 / 2
 
 
 REFUSED = {
@@ -198,18 +199,20 @@ REFUSED = {
     "empty": (("--data", "empty.tsv", "--task", "sentiment"), "no examples in it"),
     "one class": (("--data", "one.tsv", "--task", "sentiment"), "at least two classes are needed"),
     "no file": (("--data", "absent.tsv", "--task", "sentiment"), "absent.tsv: no such file"),
-    "another task's option": (("--data", "moods.tsv", "--task", "sentiment", "--template", "plain"), "--template is no option"),
+    "another's option": (("--data", "moods.tsv", "--task", "sentiment", "--template", "plain"), "--template is no option"),
     "lora's option": (("--data", "moods.tsv", "--task", "sentiment", "--lora-rank", "4"), "--lora-rank describes adapters"),
     "target": (
-        ("--data", "moods.tsv", "--task", "sentiment", "--lora", "--lora-targets", "q"), "--lora-targets is 'q'; allowed: attn.c_attn"
+        ("--data", "moods.tsv", "--task", "sentiment", "--lora", "--lora-targets", "q"), "is 'q'; allowed: attn.c_attn"
     ),
     "resume": (("--data", "moods.tsv", "--resume"), "no fine-tuning to resume"),
-    "context": (("--data", "moods.tsv", "--task", "sentiment", "--context", "400"), "context is 400; the model has 48"),
+    "context": (("--data", "moods.tsv", "--task", "sentiment", "--context", "400"), "context is 400; the model has 64"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_finetune_refuses(base: Path, moods: Path, tmp_path: Path, run: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_finetune_refuses(
+    base: Path, moods: Path, tmp_path: Path, run: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("bad.jsonl").write_text('{"text": "x", "label": "a"}\n{"text": "y"}\n{"text": "z", "label": "b"}\n')
     Path("cut.jsonl").write_text('{"messages": [\n')
@@ -241,7 +244,7 @@ def test_what_predict_and_evaluate_refuse(base: Path, tuned: Path, moods: Path, 
         (("predict", tuned, "x", "--dtype", "int8"), "dtype is 'int8'; the task classification is computed in fp32, bf16, fp16"),
         (("predict", base, "x", "--task", "sentiment"), "no names of classes are recorded"),
         (("predict", tuned, "x", "--template", "plain"), "--template is no option of the task classification"),
-        (("evaluate", tuned, "--data", tmp_path / "other.tsv"), "other.tsv, line 1: label is 'awful'; the model's classes: bad, good"),
+        (("evaluate", tuned, "--data", tmp_path / "other.tsv"), "line 1: label is 'awful'; the model's classes: bad, good"),
         (("evaluate", tuned, "--data", moods, "--stride", "3"), "--stride is no option of the task"),
         (("evaluate", base, "--data", moods, "--template", "plain"), "--template is no option of the task lm"),
         (("evaluate", tuned, "--data", moods, "--task", "chess"), "task is 'chess'"),

@@ -38,10 +38,10 @@ IDS = torch.arange(40).view(2, 20) * 7 % 96
 
 
 @pytest.mark.parametrize("activation", ["gelu_new", "relu"])
-@pytest.mark.parametrize("target", ALL)
-def test_every_target_counts_and_merges(target: str, activation: str) -> None:
+@pytest.mark.parametrize("matrix", ALL)
+def test_every_target_counts_and_merges(matrix: str, activation: str) -> None:
     plain = model(activation_function=activation)
-    made = adapted(targets=(target,), activation_function=activation)
+    made = adapted(targets=(matrix,), activation_function=activation)
     with torch.no_grad():
         before, with_adapter = plain(IDS).logits, made(IDS).logits
         lora.merge(made)
@@ -57,7 +57,8 @@ def test_a_new_adapter_changes_nothing_and_is_all_that_is_trained() -> None:
     lora.apply(made, LoraConfig(lora_targets=("c_proj",)))
     assert torch.allclose(made(IDS, attention_mask=torch.ones_like(IDS)).logits, before, atol=1e-6)
     trained = {name for name, parameter in made.named_parameters() if parameter.requires_grad}
-    places = {f"transformer.h.{layer}.{part}.c_proj.lora_{matrix}" for layer in (0, 1) for part in ("attn", "mlp") for matrix in "AB"}
+    parts = (f"{layer}.{part}" for layer in (0, 1) for part in ("attn", "mlp"))
+    places = {f"transformer.h.{part}.c_proj.lora_{matrix}" for part in parts for matrix in "AB"}
     assert trained == places | {"score.weight"}
     made(IDS, attention_mask=torch.ones_like(IDS), labels=torch.tensor([0, 1])).loss.backward()
     assert {name for name, parameter in made.named_parameters() if parameter.grad is not None} == trained
@@ -117,7 +118,7 @@ def test_adapters_of_another_model(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=r"h\.1\.attn\.c_attn is no matrix"):
         lora.load(GPT2LMHeadModel(GPT2Config(96, 24, 32, 1, 4)), tmp_path)
     path = tmp_path / "adapter_model.safetensors"
-    tensors = read_tensors(path)
+    tensors = {name: tensor.clone() for name, tensor in read_tensors(path).items()}  # not a map of the file that is rewritten
     key = next(name for name in tensors if "lora_B" in name)
     write_tensors(path, {name: tensor for name, tensor in tensors.items() if name != key})
     with pytest.raises(LoadError, match="only one of lora_A and lora_B"):
