@@ -205,6 +205,19 @@ class TrainConfig:
                 raise Error(f"training: {name} is {getattr(self, name)}; a number below 1 is needed")
 
 
+@dataclass
+class LoraConfig:
+    """Size and place of low-rank adapters (gptfast/training/lora.py)."""
+
+    lora_rank: int = option(8, "rank of the adapters", low=1)
+    lora_alpha: float = option(16.0, "the adapters' output is multiplied by alpha / rank", low=0.0)
+    lora_targets: tuple[str, ...] = option(("c_attn",), "matrices with adapters: c_attn, attn.c_proj, c_fc, mlp.c_proj")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self)[:2]:
+            _check_range(field, getattr(self, field.name))
+
+
 def _check_range(field: dataclasses.Field[Any], value: Any) -> None:
     """The type, choices, low and high that a field of TrainConfig declares, for values that come from Python."""
     kind = str(field.type)

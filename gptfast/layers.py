@@ -131,7 +131,10 @@ class MLP(nn.Module):
         """x [B, T, C] -> [B, T, C]."""
         if self.activation.startswith("gelu"):
             form = "none" if self.activation == "gelu" else "tanh"
-            x = ops.gelu(ops.linear(x, self.c_fc.weight.t()), self.c_fc.bias, form)
+            if type(self.c_fc) is Conv1D:
+                x = ops.gelu(ops.linear(x, self.c_fc.weight.t()), self.c_fc.bias, form)
+            else:  # an adapter, whose forward counts
+                x = ops.gelu(self.c_fc(x), None, form)
         else:
             x = _PLAIN[self.activation](self.c_fc(x))
         y: Tensor = self.dropout(self.c_proj(x), now.seed(3 * self.layer + 3))
@@ -169,7 +172,7 @@ class Block(nn.Module):
         attention in fp32, or a part that was replaced (an adapter) or hooked."""
         attn, mlp = self.attn, self.mlp
         parts = self.ln_1, attn, attn.c_attn, attn.c_proj, attn.resid_dropout, self.ln_2, mlp, mlp.c_fc, mlp.c_proj, mlp.dropout
-        if attn.upcast or not mlp.activation.startswith("gelu") or tuple(map(type, parts)) != _PARTS or any(map(_hooked, parts)):
+        if attn.upcast or not mlp.activation.startswith("gelu") or tuple(map(type, parts)) != _PARTS or any(map(hooked, parts)):
             return None
         modules = self.ln_1, attn.c_attn, attn.c_proj, self.ln_2, mlp.c_fc, mlp.c_proj
         return tuple(parameter for module in modules for parameter in (module.weight, module.bias))
@@ -178,5 +181,6 @@ class Block(nn.Module):
 _PARTS = (LayerNorm, Attention, Conv1D, Conv1D, Dropout, LayerNorm, MLP, Conv1D, Conv1D, Dropout)
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
+    """Whether something runs before or after the module, forward or backward."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)

@@ -141,6 +141,17 @@ class PreTrained(nn.Module):
         states = now.finish(self.transformer(now, keep))
         return states[-1], states if keep else None
 
+    def _train_pass(self, input_ids: Tensor, document_ids: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        """Last hidden states [B, T, C] for a loss; ids are those of checked data, and are not checked again."""
+        length = input_ids.shape[1]
+        if length > self.config.n_positions:
+            raise Error(f"the sequence has {length:,} tokens, the model's context is {self.config.n_positions:,}")
+        if position_ids is None:
+            position_ids = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+        now = Pass(input_ids, None, position_ids, document_ids, self.transformer.draw_seeds())
+        states: tuple[Tensor, ...] = self.transformer(now)
+        return states[-1]
+
 
 class GPT2LMHeadModel(PreTrained):
     """The language model: the transformer and a linear head over the vocabulary, which is the token embedding unless untied."""
@@ -203,13 +214,7 @@ class GPT2LMHeadModel(PreTrained):
 
         No logits are kept and nothing waits for the device: ids are those of checked shards, and are not checked again.
         """
-        length = input_ids.shape[1]
-        if length > self.config.n_positions:
-            raise Error(f"the sequence has {length:,} tokens, the model's context is {self.config.n_positions:,}")
-        if position_ids is None:
-            position_ids = torch.arange(length, device=input_ids.device).expand_as(input_ids)
-        now = Pass(input_ids, None, position_ids, document_ids, self.transformer.draw_seeds())
-        last = self.transformer(now)[-1]
+        last = self._train_pass(input_ids, document_ids, position_ids)
         loss = ops.linear_cross_entropy(last, self.lm_head.weight, targets, vocab=self.config.real_vocabulary, reduction="sum")
         return loss, (targets != -100).sum()
 
@@ -257,6 +262,15 @@ class GPT2ForSequenceClassification(PreTrained):
         column = torch.full_like(steps[:1], T - 1) if attention_mask is None else (steps * (attention_mask != 0)).argmax(1)
         logits = self.score(last[torch.arange(B, device=last.device), column])
         return ModelOutput(None if labels is None else self._loss(logits, labels), logits, None, states)
+
+    def loss_sum(
+        self, input_ids: Tensor, targets: Tensor, document_ids: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The training entry: ids [B, T], and targets [B, T] that hold the number of a class at the last token of each text, else
+        -100 -> sum of the cross entropies (fp32), number of texts. A row may hold several texts, told apart by document_ids."""
+        last = self._train_pass(input_ids, document_ids, position_ids)
+        wanted = targets != -100
+        return ops.cross_entropy(self.score(last[wanted]), targets[wanted], reduction="sum"), wanted.sum()
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         whole = not labels.is_floating_point()

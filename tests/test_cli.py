@@ -76,6 +76,7 @@ def _commands() -> dict[str, Any]:
 def test_commands_are_those_that_exist() -> None:
     assert set(_commands()) == {
         "demo", "prepare", "train", "estimate", "plot", "generate", "score", "evaluate", "chat", "convert", "backends", "doctor",
+        "finetune", "predict",
     }
 
 

@@ -50,6 +50,7 @@ COMMON = keys(Common)
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="model folder, packed file, or an id on the hub", show_default=False)]
 Config = Annotated[str | None, typer.Option("--config", metavar="FILE", help="YAML file with options", show_default="none")]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="print the YAML that would run, and stop", show_default="off")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="skip bad lines, and count them", show_default="off")]
 
 
 def command(group: str, common: str = "", **panels: Mapping[str, Key]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

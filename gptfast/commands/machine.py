@@ -26,7 +26,7 @@ def convert(
         str, typer.Option("--to", metavar="hf|packed", help="hf: a folder with safetensors; packed: one file for the C++ engine")
     ] = "hf",
 ) -> dict[str, Any]:
-    """Turn a model into one packed file, a packed file or an old pytorch_model.bin into a Hugging Face folder.
+    """Turn a model into one packed file; a packed file, an old pytorch_model.bin or peft's LoRA into a Hugging Face folder.
 
     A packed file of --dtype fp32 or bf16 gives back its weights bit for bit; int8 and int4 do not. Nothing else opens a pickle.
     """
@@ -52,9 +52,14 @@ def convert(
 
 
 def _to_folder(source: str, out: str) -> None:
-    """A Hugging Face folder from a packed file or from a folder with a pickle."""
+    """A Hugging Face folder from a packed file, from a folder with adapters (merged into their model) or with a pickle."""
     from gptfast import packed
 
+    if (Path(source) / "adapter_config.json").is_file():
+        from gptfast.training import lora
+
+        lora.export(Path(source), Path(out))
+        return
     if not packed.is_packed(source):
         from gptfast.hub import convert_pickle
 

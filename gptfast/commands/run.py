@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptfast.commands import RUN, Common, Model, command, note, running, speed
+from gptfast.commands import RUN, Common, Model, SkipBad, command, note, running, speed
 from gptfast.config import option
 from gptfast.errors import Error, LoadError
 from gptfast.generation.parameters import SamplingParams
 from gptfast.options import keys
+from gptfast.tasks.options import TASK
 
 if TYPE_CHECKING:
     from gptfast.generation.engine import Completion, Engine
@@ -224,28 +225,50 @@ def _print_score(result: Score, tokens: list[str]) -> None:
     print(f"bits per byte {result.bits_per_byte:.4f}, perplexity {result.perplexity:.4f}, stride {result.stride}")
 
 
-@command(RUN, "device dtype threads backend", Windows=WINDOWS)
+@command(RUN, "device dtype threads backend", Windows=WINDOWS, Task=TASK)
 def evaluate(
     model: Model,
     common: Common,
     given: dict[str, Any],
     data: Annotated[
-        str, typer.Option("--data", metavar="FILE", help="text, .jsonl or a folder of `gptfast prepare`", show_default="required")
+        str, typer.Option("--data", metavar="FILE", help="examples; for lm a text, .jsonl or data folder", show_default="required")
     ],
-    task: Annotated[str, typer.Option("--task", metavar="lm", help="what to measure: lm is language modelling")] = "lm",
+    task: Annotated[str | None, typer.Option(metavar="NAME", help="what to measure", show_default="the model's, else lm")] = None,
+    skip_bad: SkipBad = False,
 ) -> dict[str, Any]:
-    """Measure a model on data it was not trained on: perplexity and bits per byte, of a smaller number format beside fp32's."""
-    if task != "lm":
-        raise Error(f"--task is {task!r}; allowed: lm")
-    with running(common) as device:
-        from gptfast.tasks.language_modelling import evaluate as measure
+    """Measure a model on data it was not trained on, by the task it was fine-tuned for.
 
-        dtype = dtype_of(model, common)
-        result = measure(model, data, given.get("stride"), dtype, device, common.threads)
-        note(f"engine: {result['engine']}")
+    Of a model without one: perplexity and bits per byte, of a smaller number format beside fp32's.
+    """
+    from gptfast import tasks
+
+    found = tasks.recorded(model) if task is None else None
+    name = tasks.find(task).name if task is not None else "lm" if found is None else found.name
+    with running(common) as device:
+        if name != "lm":
+            from gptfast.tasks.run import evaluate as measure_task
+
+            dtype = common.dtype or "fp32"
+            result = measure_task(model, data, name, given, skip_bad=skip_bad, dtype=dtype, device=device)
+        else:
+            from gptfast.tasks.language_modelling import evaluate as measure
+
+            _only(given, "stride")
+            result = measure(model, data, given.get("stride"), dtype_of(model, common), device, common.threads)
+            note(f"engine: {result['engine']}")
     if not common.json:
-        _print_evaluation(result)
+        if name == "lm":
+            _print_evaluation(result)
+        else:
+            for key, value in result.items():
+                print(f"{key:14s} {f'{value:.4f}' if isinstance(value, float) else value}")
     return result
+
+
+def _only(given: dict[str, Any], *names: str) -> None:
+    wrong = next((name for name in given if name not in names), None)
+    if wrong is not None:
+        raise Error(f"--{wrong.replace('_', '-')} is no option of the task lm")
 
 
 def _print_evaluation(result: dict[str, Any]) -> None:

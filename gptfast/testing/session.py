@@ -31,7 +31,8 @@ PROOFS = ("cpp", "triton-interpret", "triton-aot", "cuda-build", "cuda-emulated"
 WITHOUT_GPU = PROOFS[:5]
 # files whose tests run by the table and once more with GPTFAST_BACKEND=eager
 RUN_TWICE = (
-    "generation/", "training/", "tasks/", "test_model.py", "test_forward.py", "test_cache.py", "test_cli.py", "test_demo.py",
+    "generation/", "training/", "tasks/test_classification.py", "tasks/test_language_modelling.py", "tasks/test_rows.py",
+    "test_model.py", "test_forward.py", "test_cache.py", "test_cli.py", "test_demo.py",
 )  # fmt: skip
 _KERNEL_FILES = {"cpp": "csrc/cpu/{}.cpp", "triton": "kernels/{}.py", "cuda": "csrc/cuda/{}.cu"}
 _rows: Counter[str] = Counter()

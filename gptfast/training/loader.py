@@ -51,6 +51,16 @@ def permutation(index: npt.NDArray[np.int64], size: int, seed: int, epoch: int) 
     return x.astype(np.int64)
 
 
+def order(first: int, count: int, size: int, seed: int) -> npt.NDArray[np.int64]:
+    """Which of `size` samples the places first .. first + count - 1 of the endless sequence of epochs hold [count]."""
+    numbers = np.arange(first, first + count)
+    places = np.empty(count, dtype=np.int64)
+    for epoch in np.unique(numbers // size).tolist():
+        here = numbers // size == epoch
+        places[here] = permutation(numbers[here] % size, size, seed, epoch)
+    return places
+
+
 class Batch(NamedTuple):
     """ids, targets [B, T] int64, -100 where there is nothing to predict; document_ids (-1: padding), positions [B, T] int64 where
     attention stays inside documents, else None; numbers [B] int64 on the CPU: which sample of the data each row is, or None."""
@@ -116,14 +126,12 @@ class Loader:
 
     def samples(self, first: int, count: int) -> Batch:
         """Samples first .. first + count - 1 of the endless sequence of epochs."""
-        numbers = np.arange(first, first + count)
-        places, starts = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
-        for epoch in np.unique(numbers // self.windows).tolist():
-            here = numbers // self.windows == epoch
-            places[here] = permutation(numbers[here] % self.windows, self.windows, self.seed, epoch)
-            # windows do not fill the data: where the rest lies, at which end, changes from epoch to epoch
-            starts[here] = places[here] * self.context + _mix(_mix(self.seed) ^ ~epoch % 2**64) % (self.slack + 1)
-        return self.at(starts.tolist())._replace(numbers=torch.from_numpy(places))
+        places = order(first, count, self.windows, self.seed)
+        epochs = (np.arange(first, first + count) // self.windows).tolist()
+        # windows do not fill the data: where the rest lies, at which end, changes from epoch to epoch
+        shift = {epoch: _mix(_mix(self.seed) ^ ~epoch % 2**64) % (self.slack + 1) for epoch in set(epochs)}
+        starts = [place * self.context + shift[epoch] for place, epoch in zip(places.tolist(), epochs, strict=True)]
+        return self.at(starts)._replace(numbers=torch.from_numpy(places))
 
     def sequential(self, first: int, count: int) -> Batch:
         """Windows first .. first + count - 1 in the data's own order."""
