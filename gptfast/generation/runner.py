@@ -31,7 +31,7 @@ class Batch:
     and those behind it are no other sequence's. draws[s] = d: the last d of the new tokens are each followed by a draw, 0 for none.
     rows[s]: what is asked of these draws; None where d is 0. The j-th of d is at position row.start + len(row.tokens) + j.
     A sequence without new tokens draws from the last new token of the sequence before it: another choice of the same prompt.
-    targets: instead of drawing, the log-probability of targets[s][j] is returned; then rows may hold None.
+    targets: instead of drawing, the log-probability of targets[s][j] is returned, with the `top` largest; then rows may hold None.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
@@ -40,6 +40,7 @@ class Batch:
     draws: list[int] = field(default_factory=list)
     rows: list[Row | None] = field(default_factory=list)
     targets: list[list[int]] | None = None
+    top: int = 0
 
     def add(self, tokens: list[int], start: int, table: list[int], draws: int, row: Row | None) -> None:
         """Appends a sequence."""
@@ -141,7 +142,7 @@ class EagerRunner:
             return Drawn()
         together = torch.cat(parts) if len(parts) > 1 else parts[0]
         if batch.targets is not None:
-            return _scored(together, [token for targets in batch.targets for token in targets])
+            return scored(together, [token for targets in batch.targets for token in targets], batch.top)
         return self._draw(batch, together.float())
 
     def _forward(self, batch: Batch, index: list[int]) -> list[Tensor]:
@@ -197,7 +198,9 @@ class EagerRunner:
         self.keys, self.values = [], []
 
 
-def _scored(logits: Tensor, targets: Sequence[int]) -> Drawn:
-    """Log-probabilities of given tokens; status 1 where the logits hold NaN."""
-    logprobs = torch.log_softmax(logits.float(), 1).gather(1, torch.tensor(targets, device=logits.device)[:, None])[:, 0]
-    return Drawn(list(targets), logprobs.isnan().int().tolist(), logprobs.tolist(), [[] for _ in targets], [[] for _ in targets])
+def scored(logits: Tensor, targets: Sequence[int], top: int) -> Drawn:
+    """Log-probabilities of given tokens and the `top` largest, from logits [R, V]; status 1 where the logits hold NaN."""
+    logprobs = torch.log_softmax(logits.float(), 1)
+    chosen = logprobs.gather(1, torch.tensor(targets, device=logits.device)[:, None])[:, 0]
+    largest = logprobs.topk(min(top, logits.shape[1]), dim=1)
+    return Drawn(list(targets), chosen.isnan().int().tolist(), chosen.tolist(), largest.indices.tolist(), largest.values.tolist())
