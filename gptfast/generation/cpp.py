@@ -19,7 +19,7 @@ from torch import Tensor
 from gptfast.config import GPT2Config
 from gptfast.errors import Error
 from gptfast.generation.rows import Drawn, Row, Sampler
-from gptfast.generation.runner import Batch, scored
+from gptfast.generation.runner import Batch
 from gptfast.ops.sample import ORDERS
 
 PARAMETERS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "choice", "position")
@@ -71,10 +71,6 @@ class CppRunner:
         """One pass over all new tokens, and the draws; parameters that kernels do not have are applied to the logits in PyTorch."""
         if batch.targets is not None:
             targets = torch.tensor([token for tokens in batch.targets for token in tokens], dtype=torch.int64)
-            if batch.top:
-                logits = torch.empty(len(targets), self.vocab)
-                self._step(batch, {"logits": logits}, 0)
-                return scored(logits, targets.tolist(), batch.top)
             out = _results(1, len(targets), 0)
             self._step(batch, {**out, "targets": targets}, 0)
             drawn = _drawn(out, 0)
@@ -86,13 +82,17 @@ class CppRunner:
         sampler = self._sampler_of(rows)
         group = _kernel_group(sampler)
         if group is None:
-            logits = torch.empty(len(rows), self.vocab)
-            self._step(batch, {"logits": logits}, 0)
-            return sampler.draw(logits)
+            return sampler.draw(self.logits(batch))
         out = _results(1, len(rows), group.top_n)
         self._step(batch, {**out, **_parameters(group)}, group.top_n)
         group.position += 1
         return _drawn(out, 0)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """The pass of step() without draws: fp32 [draws, vocab]."""
+        logits = torch.empty(sum(batch.draws), self.vocab)
+        self._step(batch, {"logits": logits}, 0)
+        return logits
 
     def decode(self, batch: Batch, steps: int) -> list[Drawn]:
         """Up to `steps` single-token steps in one call; Ctrl-C ends it after the token it is at, if this is the main thread."""

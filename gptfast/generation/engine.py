@@ -178,7 +178,7 @@ class Engine:
         finally:
             scheduler.abandon([request])
 
-    # ----------------------------------------------------------------------------- for a server: many callers, one thread that steps
+    # ---------------------------------------------------------------------------- for a server: many callers, one thread that steps
 
     def submit(self, prompt: Prompt, params: SamplingParams, on_token: Callable[[Row], None]) -> Request:
         """Queues the answers to a prompt; from any thread. `on_token(row)` is called after every change of an answer, in the thread
@@ -202,8 +202,12 @@ class Engine:
         self.hurry()
 
     def hurry(self) -> None:
-        """Ends the step that is running after the token it is at, so that what is new begins. From any thread."""
-        self._open.runner.interrupt()
+        """If answers alone are being made, the step that is running ends after the token it is at, so that what is new begins; a pass
+        over prompts goes on. From any thread."""
+        plain = not self._scorer.active and all(sequence.todo == 1 for sequence in tuple(self._scheduler.running))
+        loaded = self._loaded
+        if plain and loaded is not None:
+            loaded.runner.interrupt()
 
     def load(self) -> Load:
         """What is being made, and what of the cache is held, at this moment."""

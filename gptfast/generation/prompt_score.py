@@ -6,10 +6,13 @@ the way are published, so that the answers to the same prompt find it there.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import torch
 
 from gptfast.cache import PAGE
 from gptfast.generation.pages import keys_of
@@ -54,6 +57,7 @@ class PromptScorer:
         self.scheduler = scheduler
         self._arrived: deque[PromptScore] = deque()
         self._running: list[PromptScore] = []
+        self.active = False  # whether a pass is running
 
     @property
     def waiting(self) -> int:
@@ -77,11 +81,15 @@ class PromptScorer:
             shares, budget = [], ROWS
             for score in self._running:
                 count = min(score.todo, budget)
-                if count and (not shares or shares[0][0].top == score.top):
+                if count:
                     shares.append((score, count))
                     budget -= count
             if shares:
-                self._run(shares)
+                self.active = True
+                try:
+                    self._run(shares)
+                finally:
+                    self.active = False
             return bool(shares)
 
     def close(self) -> None:
@@ -104,27 +112,29 @@ class PromptScorer:
             self._running.append(score)
 
     def _run(self, shares: list[tuple[PromptScore, int]]) -> None:
-        batch = Batch(targets=[], top=shares[0][0].top)
+        batch, targets = Batch(), []
         for score, count in shares:
             at = score.computed
             batch.add(score.ids[at : at + count], at, score.pages, count, None)
-            assert batch.targets is not None
-            batch.targets.append(score.ids[at + 1 : at + count + 1])
+            targets += score.ids[at + 1 : at + count + 1]
         try:
-            drawn = self.scheduler.runner.step(batch)
-        except BaseException:
+            logits = self.scheduler.runner.logits(batch)
+        except Exception:
             for score, _ in shares:
-                score.error = "the step failed"
+                score.error = "the pass over the prompt failed"
                 self._end(score)
             raise
         place = 0
+        logprobs = torch.log_softmax(logits, 1)
+        chosen = logprobs.gather(1, torch.tensor(targets, device=logits.device)[:, None])[:, 0].tolist()
+        largest = logprobs.topk(min(max(score.top for score, _ in shares), logits.shape[1]), dim=1)
+        ids, values = largest.indices.tolist(), largest.values.tolist()
         for score, count in shares:
             for i in range(place, place + count):
-                score.logprobs.append(drawn.logprobs[i])
-                top = drawn.top_ids[i][: score.top], drawn.top_logprobs[i][: score.top]
-                score.top_logprobs.append(dict(zip(*top, strict=True)))
-            if any(drawn.status[place : place + count]):
-                score.error = f"numerical error: the logits of prompt token {score.computed} hold NaN"
+                score.logprobs.append(chosen[i])
+                score.top_logprobs.append(dict(zip(ids[i][: score.top], values[i][: score.top], strict=True)))
+            if any(math.isnan(value) for value in chosen[place : place + count]):
+                score.error = f"numerical error: the logits of the prompt's first {score.computed} tokens hold NaN"
             place += count
             if score.todo == 0 or score.error:
                 self._end(score)

@@ -31,7 +31,7 @@ class Batch:
     and those behind it are no other sequence's. draws[s] = d: the last d of the new tokens are each followed by a draw, 0 for none.
     rows[s]: what is asked of these draws; None where d is 0. The j-th of d is at position row.start + len(row.tokens) + j.
     A sequence without new tokens draws from the last new token of the sequence before it: another choice of the same prompt.
-    targets: instead of drawing, the log-probability of targets[s][j] is returned, with the `top` largest; then rows may hold None.
+    targets: instead of drawing, the log-probability of targets[s][j] is returned; then rows may hold None.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
@@ -40,7 +40,6 @@ class Batch:
     draws: list[int] = field(default_factory=list)
     rows: list[Row | None] = field(default_factory=list)
     targets: list[list[int]] | None = None
-    top: int = 0
 
     def add(self, tokens: list[int], start: int, table: list[int], draws: int, row: Row | None) -> None:
         """Appends a sequence."""
@@ -65,6 +64,9 @@ class Runner(Protocol):
     def step(self, batch: Batch) -> Drawn:
         """Runs the new tokens and draws (or scores targets): results in the order of the sequences and of their draws. Rows are
         read and never written: the caller pushes what was drawn. A row of NaN has its status, and is no other row's business."""
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Runs the new tokens: instead of each draw its logits, fp32 [draws, vocab] on the model's device. Rows may be None."""
 
     def decode(self, batch: Batch, steps: int) -> list[Drawn]:
         """Repeats step() for sequences of one new token and one draw, each drawn token being the next step's new one. Returns after
@@ -122,9 +124,18 @@ class EagerRunner:
         )
         self._sampler: tuple[list[tuple[int, int]], Sampler] | None = None
 
-    @torch.no_grad()
     def step(self, batch: Batch) -> Drawn:
         """One pass each over the prompts that begin, the single tokens, and the other pieces of prompts."""
+        logits = self.logits(batch)
+        if not len(logits):
+            return Drawn()
+        if batch.targets is not None:
+            return _scored(logits, [token for targets in batch.targets for token in targets])
+        return self._draw(batch, logits)
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """The passes of step(): fp32 [draws, vocab]."""
         self._allocate(1 + max((page for table in batch.tables for page in table), default=-1))
         kinds: dict[tuple[bool, bool], list[int]] = {}
         for s, (tokens, start) in enumerate(zip(batch.tokens, batch.starts, strict=True)):
@@ -133,17 +144,12 @@ class EagerRunner:
         logits: dict[int, Tensor] = {}
         for index in kinds.values():
             logits.update(zip(index, self._forward(batch, index), strict=True))
-        parts, last = [], logits.get(0)
+        parts, last = [torch.empty(0, self.vocab, device=self.device)], logits.get(0)
         for s, count in enumerate(batch.draws):
             last = logits.get(s, last)
             if count and last is not None:
-                parts.append(last[len(last) - count :])
-        if not parts:
-            return Drawn()
-        together = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if batch.targets is not None:
-            return scored(together, [token for targets in batch.targets for token in targets], batch.top)
-        return self._draw(batch, together.float())
+                parts.append(last[len(last) - count :].float())
+        return torch.cat(parts) if len(parts) > 2 else parts[-1]
 
     def _forward(self, batch: Batch, index: list[int]) -> list[Tensor]:
         """Logits [at least the draws, V] of these sequences' last tokens."""
@@ -198,9 +204,7 @@ class EagerRunner:
         self.keys, self.values = [], []
 
 
-def scored(logits: Tensor, targets: Sequence[int], top: int) -> Drawn:
-    """Log-probabilities of given tokens and the `top` largest, from logits [R, V]; status 1 where the logits hold NaN."""
-    logprobs = torch.log_softmax(logits.float(), 1)
-    chosen = logprobs.gather(1, torch.tensor(targets, device=logits.device)[:, None])[:, 0]
-    largest = logprobs.topk(min(top, logits.shape[1]), dim=1)
-    return Drawn(list(targets), chosen.isnan().int().tolist(), chosen.tolist(), largest.indices.tolist(), largest.values.tolist())
+def _scored(logits: Tensor, targets: Sequence[int]) -> Drawn:
+    """Log-probabilities of given tokens; status 1 where the logits hold NaN."""
+    logprobs = torch.log_softmax(logits.float(), 1).gather(1, torch.tensor(targets, device=logits.device)[:, None])[:, 0]
+    return Drawn(list(targets), logprobs.isnan().int().tolist(), logprobs.tolist(), [[] for _ in targets], [[] for _ in targets])

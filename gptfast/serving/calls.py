@@ -38,7 +38,7 @@ class Served:
 
 
 class Call:
-    """A request that was read: what to make, and how it is written. `count`: answers to a prompt (best_of), `n` of which are given."""
+    """A request that was read: what to make, and how it is written. `count`: answers to a prompt, `n` of which are given."""
 
     kind = ""
 

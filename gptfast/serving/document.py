@@ -17,7 +17,8 @@ BODIES: tuple[type[BaseModel], ...] = (CompletionRequest, ChatRequest, TokenizeR
 _REF = "#/components/schemas/"
 _ERRORS = {
     "400": "what is asked for is not allowed", "401": "an API key is needed", "404": "unknown path or model",
-    "405": "another method", "408": "the request did not arrive in time", "413": "the body is too large", "415": "no JSON", "429": "too much at once",
+    "405": "another method", "408": "the request did not arrive in time", "413": "the body is too large", "415": "no JSON",
+    "429": "too much at once",
     "431": "the header is too large", "500": "a defect, or logits that hold NaN", "503": "loading or draining",
     "504": "the deadline is over",
 }  # fmt: skip

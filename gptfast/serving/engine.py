@@ -74,6 +74,8 @@ class EngineThread(threading.Thread):
         try:
             worked = engine.step()
             self.failing = self.failing and not worked
+        except KeyboardInterrupt:  # in this thread: hurry() ended a pass before it had anything, and it is made again
+            worked = True
         except Exception:
             logger.exception("a step of the engine failed; what was being made is ended")
             self.failing, worked = True, True

@@ -54,8 +54,8 @@ class Protocol(H11Protocol):
         """What is no HTTP, or a header beyond any limit."""
         with suppress(LocalProtocolError, RemoteProtocolError):
             body = ApiError(400, msg, None, "invalid_http").body()
-            lines = "HTTP/1.1 400 Bad Request", "content-type: application/json", f"content-length: {len(body)}", "connection: close"
-            self.transport.write("\r\n".join((*lines, "", "")).encode() + body)
+            head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: "
+            self.transport.write(f"{head}{len(body)}\r\n\r\n".encode() + body)
         self.transport.close()
 
 
@@ -117,8 +117,8 @@ def make_server(app: FastAPI, host: str = "127.0.0.1", port: int = 8000, told: C
     Protocol.header_timeout = service.limits.read_timeout
     config = uvicorn.Config(
         app, host=host, port=port, http=Protocol, ws="none", lifespan="on", log_level="warning", access_log=False,
-        server_header=False, timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=5, h11_max_incomplete_event_size=2 * service.limits.max_header,
-        backlog=2048,
+        server_header=False, timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=5, backlog=2048,
+        h11_max_incomplete_event_size=2 * service.limits.max_header,
     )
     return Server(config, service, told)
 
