@@ -17,10 +17,10 @@ from typing import Annotated
 import typer
 
 import gptfast
-from gptfast.commands import GROUPS, app, chat, machine, note, run, start
+from gptfast.commands import GROUPS, app, chat, machine, note, run, serve, start
 from gptfast.errors import Error
 
-__all__ = ["app", "chat", "machine", "main", "run", "start"]  # importing the four adds their commands to the app
+__all__ = ["app", "chat", "machine", "main", "run", "serve", "start"]  # importing them adds their commands to the app
 app.registered_commands.sort(key=lambda info: GROUPS.index(str(info.rich_help_panel)))  # the help lists them in this order
 
 

@@ -82,13 +82,17 @@ class CppRunner:
         sampler = self._sampler_of(rows)
         group = _kernel_group(sampler)
         if group is None:
-            logits = torch.empty(len(rows), self.vocab)
-            self._step(batch, {"logits": logits}, 0)
-            return sampler.draw(logits)
+            return sampler.draw(self.logits(batch))
         out = _results(1, len(rows), group.top_n)
         self._step(batch, {**out, **_parameters(group)}, group.top_n)
         group.position += 1
         return _drawn(out, 0)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """The pass of step() without draws: fp32 [draws, vocab]."""
+        logits = torch.empty(sum(batch.draws), self.vocab)
+        self._step(batch, {"logits": logits}, 0)
+        return logits
 
     def decode(self, batch: Batch, steps: int) -> list[Drawn]:
         """Up to `steps` single-token steps in one call; Ctrl-C ends it after the token it is at, if this is the main thread."""

@@ -65,6 +65,9 @@ class Runner(Protocol):
         """Runs the new tokens and draws (or scores targets): results in the order of the sequences and of their draws. Rows are
         read and never written: the caller pushes what was drawn. A row of NaN has its status, and is no other row's business."""
 
+    def logits(self, batch: Batch) -> Tensor:
+        """Runs the new tokens: instead of each draw its logits, fp32 [draws, vocab] on the model's device. Rows may be None."""
+
     def decode(self, batch: Batch, steps: int) -> list[Drawn]:
         """Repeats step() for sequences of one new token and one draw, each drawn token being the next step's new one. Returns after
         1 to `steps` steps: earlier once any sequence drew one of row.stop_ids or failed, or after interrupt(). No row looks at what
@@ -121,9 +124,18 @@ class EagerRunner:
         )
         self._sampler: tuple[list[tuple[int, int]], Sampler] | None = None
 
-    @torch.no_grad()
     def step(self, batch: Batch) -> Drawn:
         """One pass each over the prompts that begin, the single tokens, and the other pieces of prompts."""
+        logits = self.logits(batch)
+        if not len(logits):
+            return Drawn()
+        if batch.targets is not None:
+            return _scored(logits, [token for targets in batch.targets for token in targets])
+        return self._draw(batch, logits)
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """The passes of step(): fp32 [draws, vocab]."""
         self._allocate(1 + max((page for table in batch.tables for page in table), default=-1))
         kinds: dict[tuple[bool, bool], list[int]] = {}
         for s, (tokens, start) in enumerate(zip(batch.tokens, batch.starts, strict=True)):
@@ -132,17 +144,12 @@ class EagerRunner:
         logits: dict[int, Tensor] = {}
         for index in kinds.values():
             logits.update(zip(index, self._forward(batch, index), strict=True))
-        parts, last = [], logits.get(0)
+        parts, last = [torch.empty(0, self.vocab, device=self.device)], logits.get(0)
         for s, count in enumerate(batch.draws):
             last = logits.get(s, last)
             if count and last is not None:
-                parts.append(last[len(last) - count :])
-        if not parts:
-            return Drawn()
-        together = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if batch.targets is not None:
-            return _scored(together, [token for targets in batch.targets for token in targets])
-        return self._draw(batch, together.float())
+                parts.append(last[len(last) - count :].float())
+        return torch.cat(parts) if len(parts) > 2 else parts[-1]
 
     def _forward(self, batch: Batch, index: list[int]) -> list[Tensor]:
         """Logits [at least the draws, V] of these sequences' last tokens."""

@@ -61,7 +61,8 @@ class OneByOne:
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
         self.vocab, self.context, self.pages = runner.vocab, runner.context, runner.pages
-        self.step, self.copy_pages, self.interrupt, self.close = runner.step, runner.copy_pages, runner.interrupt, runner.close
+        self.step, self.logits, self.copy_pages = runner.step, runner.logits, runner.copy_pages
+        self.interrupt, self.close = runner.interrupt, runner.close
 
     def decode(self, batch: Batch, steps: int) -> list[Drawn]:
         """One step."""
