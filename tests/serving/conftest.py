@@ -114,7 +114,7 @@ class Live:
             answer = connection.getresponse()
             text = answer.read()
             found = {name.lower(): value for name, value in answer.getheaders()}
-            return answer.status, json.loads(text) if "json" in found.get("content-type", "") else text.decode(), found
+            return answer.status, json.loads(text) if text and "json" in found.get("content-type", "") else text.decode(), found
         finally:
             connection.close()
 
