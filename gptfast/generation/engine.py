@@ -202,8 +202,8 @@ class Engine:
         self.hurry()
 
     def hurry(self) -> None:
-        """If answers alone are being made, the step that is running ends after the token it is at, so that what is new begins; a pass
-        over prompts goes on. From any thread."""
+        """If only answers are being made, the step that is running ends after the token it is at, so that what is new begins. A
+        pass over prompts goes on. From any thread."""
         plain = not self._scorer.active and all(sequence.todo == 1 for sequence in tuple(self._scheduler.running))
         loaded = self._loaded
         if plain and loaded is not None:

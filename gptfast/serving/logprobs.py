@@ -39,12 +39,21 @@ class Legacy:
         offsets, texts = [], []
         for token in ids:
             data = self.tokenizer.token_bytes(token)
-            offsets.append(self.offset)
+            ended = self._ended(data[:1])
+            offsets.append(self.offset + ended)
             texts.append(token_text(data))
             self.offset += len(self._decoder.decode(data))
         values = [None if value is None else max(value, LOWEST) for value in logprobs]
         listed = None if tops is None else [self._top(*entry) for entry in zip(texts, values, tops, strict=True)]
         return {"text_offset": offsets, "token_logprobs": values, "tokens": texts, "top_logprobs": listed}
+
+    def _ended(self, first: bytes) -> int:
+        """Characters that earlier bytes become only because `first` does not go on with them: it stands behind these."""
+        state = self._decoder.getstate()
+        with_earlier, alone = len(self._decoder.decode(first)), len(first.decode(errors="ignore"))
+        self._decoder.setstate(state)
+        stray = len(first) and 0x80 <= first[0] < 0xC0
+        return max(with_earlier - (1 if stray else alone), 0)
 
     def _top(self, text: str, value: float | None, top: dict[int, float] | None) -> dict[str, float] | None:
         if value is None or top is None:

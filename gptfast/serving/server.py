@@ -22,6 +22,7 @@ from gptfast.serving.errors import ApiError
 from gptfast.serving.service import Service
 
 KEEP_ALIVE = 15  # seconds that a connection without a request is kept
+LINGER = 2.0  # seconds in which a client that was refused may read why
 
 
 class Protocol(H11Protocol):
@@ -29,6 +30,7 @@ class Protocol(H11Protocol):
     arrive in time, and what is no HTTP is refused in OpenAI's form."""
 
     header_timeout = 30.0
+    _refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The app gets a way to cut it off; the first request has to come in time."""
@@ -43,8 +45,12 @@ class Protocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """The time for a header runs from its first byte to its end."""
+        if self._refused:
+            return
         super().data_received(data)
         waiting = self.cycle is None or self.cycle.response_complete
+        if self._refused:
+            return
         if not waiting:
             self._deadline.cancel()
         elif self._deadline.cancelled():
@@ -56,7 +62,11 @@ class Protocol(H11Protocol):
             body = ApiError(400, msg, None, "invalid_http").body()
             head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: "
             self.transport.write(f"{head}{len(body)}\r\n\r\n".encode() + body)
-        self.transport.close()
+        self._refused = True
+        if self.transport.can_write_eof():  # closed at once, with data that nobody has read, the answer would be lost
+            self.transport.write_eof()
+        self._deadline.cancel()
+        self._deadline = self.loop.call_later(LINGER, self.transport.abort)
 
 
 class Server(uvicorn.Server):
