@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 import gptfast
 from gptfast.errors import Error
 from gptfast.generation.engine import Engine
-from gptfast.serving import tokens
+from gptfast.serving import page, tokens
 from gptfast.serving.calls import CompletionCall, encode
 from gptfast.serving.chat import ChatCall
 from gptfast.serving.document import document
@@ -70,6 +70,7 @@ def create_app(
     _health(app, service)
     _generating(app, service)
     _tokens(app, service)
+    app.include_router(page.router())
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import gptfast
 from gptfast import testing
@@ -23,11 +24,15 @@ NEVER = "<script src='https://example.com/x.js'></script>"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """A model whose answers may be long, behind an API key."""
+    """A model whose answers are as long as is asked for, behind an API key."""
     folder = tmp_path_factory.mktemp("page")
     tokenizer = gptfast.GPT2Tokenizer.train(["the cat sat on the mat, and the dog. " * 20], 270)
     config = gptfast.GPT2Config(vocab_size=len(tokenizer), n_positions=8192, n_embd=32, n_layer=2, n_head=2)
-    gptfast.GPT2LMHeadModel(config).save_pretrained(folder / "small")
+    model = gptfast.GPT2LMHeadModel(config)
+    with torch.no_grad():  # normalised hidden states sum to 0, so the end of text has the logit -32 wherever it is
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.transformer.wte.weight[tokenizer.eos_token_id] = -1.0
+    model.save_pretrained(folder / "small")
     tokenizer.save_pretrained(folder / "small")
     (folder / "keys").write_text(f"{KEY}\n")
     (folder / "keys").chmod(0o600)
