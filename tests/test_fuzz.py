@@ -20,7 +20,6 @@ from gptfast import Error, checkpoint, data, packed
 from gptfast.config import TrainConfig
 from gptfast.options import keys, read_yaml
 
-ROUNDS = 120
 PIECES = (b"", b"0", *(bytes([sign]) for sign in b'"{}[],:\n\xff\0'), b"null", b"-1", b"1e999", b"NaN", b"../", b"true")
 NUMBERS = tuple(str(number).encode() for number in (0, -1, 1, 7, 2**16, 2**32, 2**63 - 1, 10**40, 0.5))
 
@@ -99,12 +98,13 @@ LOADERS: dict[str, tuple[tuple[str, ...], Callable[[Path], object]]] = {
 
 @pytest.mark.filterwarnings("ignore:.*starts with random weights")
 @pytest.mark.parametrize("loader", LOADERS)
-def test_damage_gives_one_typed_line_or_a_result(loader: str, good: Path, tmp_path: Path) -> None:
+def test_damage_gives_one_typed_line_or_a_result(loader: str, good: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    rounds = request.config.getoption("--fuzz-rounds")
     root, (names, load) = Path(shutil.copytree(good, tmp_path / "root")), LOADERS[loader]
     draw, refused, slowest = random.Random(loader), 0, 0.0
     load(root)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         path = root / draw.choice(names)
         whole = path.read_bytes()
         path.write_bytes(damaged(draw, whole))
@@ -118,6 +118,6 @@ def test_damage_gives_one_typed_line_or_a_result(loader: str, good: Path, tmp_pa
                 assert 0 < len(line := str(error)) < 1500 and "\n" not in line, line[:3000]
         slowest = max(slowest, time.process_time() - start)
         path.write_bytes(whole)
-    assert refused > ROUNDS // 20 or loader == "checkpoint", "a loader that takes anything checks nothing"
+    assert refused > rounds // 20 or loader == "checkpoint", "a loader that takes anything checks nothing"
     assert slowest < 5 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 300 << 10
     load(root)

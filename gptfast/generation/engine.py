@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -11,12 +11,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from gptfast.config import GPT2Config
 from gptfast.errors import Error
 from gptfast.generation.beam import BeamSettings, Hypothesis
 from gptfast.generation.generate import fresh_seeds
 from gptfast.generation.loading import DTYPES, Loaded, load
 from gptfast.generation.loop import check_prompt
 from gptfast.generation.parameters import SamplingParams
+from gptfast.generation.prompt_score import PromptScore, PromptScorer
+from gptfast.generation.request import Request
 from gptfast.generation.rows import Row, int64
 from gptfast.generation.scheduler import Scheduler
 from gptfast.generation.score import Score, scheduled_logprobs, summed, token_logprobs
@@ -51,6 +54,19 @@ class Completion:
     score: float | None = None
 
 
+@dataclass(frozen=True)
+class Load:
+    """running, waiting: answers and scores; pages: of the cache, held: those of them that somebody reads or writes; reused: prompt
+    tokens that were found in the cache; preemptions: answers that gave up their pages for a while."""
+
+    running: int
+    waiting: int
+    pages: int
+    held: int
+    reused: int
+    preemptions: int
+
+
 class Engine:
     """Generates, streams and scores with one model.
 
@@ -81,6 +97,7 @@ class Engine:
         self._speculation = None if proposer is None else Speculation(proposer)
         self._loaded, self._model, self.tokenizer = loaded, loaded.model, loaded.tokenizer
         self._scheduler = Scheduler(loaded.runner, batch, idle=-(-loaded.config.n_positions // 64), speculation=self._speculation)
+        self._scorer = PromptScorer(self._scheduler)
         self.batch = batch
         if threads is not None:
             torch.set_num_threads(threads)
@@ -114,6 +131,7 @@ class Engine:
         """Lets go of the weights and puts the number of threads back; answers that are being made are cancelled. Closing twice does
         nothing."""
         if self._loaded is not None:
+            self._scorer.close()
             self._scheduler.close()
             if self._threads is not None:
                 torch.set_num_threads(self._threads_before)
@@ -139,7 +157,7 @@ class Engine:
             raise Error(f"{len(texts)} prompts and {len(each)} params; give one for all, or one each")
         groups = [self._rows(text, p) for text, p in zip(texts, each, strict=True)]
         self._scheduler.run([self._scheduler.submit(group) for group in groups])
-        return [_completion(row, number) for number, group in enumerate(groups) for row in group]
+        return [completion_of(row, number) for number, group in enumerate(groups) for row in group]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Completion]:
         """The answer in pieces, one a token; `text` is what became certain with it and always whole code points. The texts joined
@@ -149,7 +167,7 @@ class Engine:
 
     def _stream(self, rows: list[Row]) -> Iterator[Completion]:
         scheduler, pieces = self._scheduler, deque[Completion]()
-        request = scheduler.submit(rows, lambda row: pieces.append(_piece(row)))
+        request = scheduler.submit(rows, lambda row: pieces.append(piece_of(row)))
         try:
             while pieces or not request.done:
                 if pieces:
@@ -185,6 +203,50 @@ class Engine:
             for index, hypothesis in enumerate(found[: params.n]):
                 answers.append(_hypothesis(hypothesis, rows[number], self.tokenizer, index, number))
         return answers
+
+    # ---------------------------------------------------------------------------- for a server: many callers, one thread that steps
+
+    def submit(self, prompt: Prompt, params: SamplingParams, on_token: Callable[[Row], None]) -> Request:
+        """Queues the answers to a prompt; from any thread. `on_token(row)` is called after every change of an answer, in the thread
+        that calls step() (here, for one that ends before it begins); piece_of(row) and completion_of(row) tell what there is.
+        Raises gptfast.Error as generate() does."""
+        return self._scheduler.submit(self._rows(prompt, params), on_token)
+
+    def submit_score(self, ids: Sequence[int], top: int, on_end: Callable[[PromptScore], None]) -> PromptScore:
+        """Queues log P of each token of a prompt given those before it, with the `top` largest beside it; otherwise as submit()."""
+        check_prompt(len(ids), self._open.config.n_positions)
+        return self._scorer.submit(ids, top, on_end)
+
+    def step(self) -> bool:
+        """Makes the next tokens of what was submitted, and scores some more; False where there was nothing to do."""
+        scored = self._scorer.step()
+        return self._scheduler.step() or scored
+
+    def cancel(self, work: Request | PromptScore) -> None:
+        """Ends it before the next step, and the step that is running after the token it is at. From any thread."""
+        work.cancelled = True
+        self.hurry()
+
+    def hurry(self) -> None:
+        """If only answers are being made, the step that is running ends after the token it is at, so that what is new begins. A
+        pass over prompts goes on. From any thread."""
+        plain = not self._scorer.active and all(sequence.todo == 1 for sequence in tuple(self._scheduler.running))
+        loaded = self._loaded
+        if plain and loaded is not None:
+            loaded.runner.interrupt()
+
+    def load(self) -> Load:
+        """What is being made, and what of the cache is held, at this moment."""
+        scheduler, pool = self._scheduler, self._scheduler.pool
+        waiting, held = len(scheduler.waiting) + self._scorer.waiting, pool.pages - pool.available
+        return Load(len(scheduler.running), waiting, pool.pages, held, scheduler.reused, scheduler.preemptions)
+
+    @property
+    def config(self) -> GPT2Config:
+        """The model's."""
+        return self._open.config
+
+    # -------------------------------------------------------------------------------------------------------------------- scores
 
     def score(self, text: str, stride: int | None = None, bos: bool = True) -> Score:
         """log P of a text: of every token, in total and as bits per byte. `stride`: of the windows of a text longer than the
@@ -231,8 +293,8 @@ class Engine:
         return [Row(ids, params, seed, limit, frozenset(ends), i, len(ids), (), stream) for i, stream in enumerate(streams)]
 
 
-def _piece(row: Row) -> Completion:
-    """What the last step changed; a step that drew no token (an error, nothing allowed, no room) has none."""
+def piece_of(row: Row) -> Completion:
+    """What the last step changed, as stream() has it; a step that drew no token (an error, nothing allowed, no room) has none."""
     new = slice(-1, None) if row.drew else slice(0, 0)
     top = row.top_logprobs[new] if row.params.logprobs else None
     return Completion(
@@ -249,7 +311,8 @@ def _hypothesis(found: Hypothesis, row: Row, tokenizer: GPT2Tokenizer, index: in
     )
 
 
-def _completion(row: Row, prompt: int) -> Completion:
+def completion_of(row: Row, prompt: int = 0) -> Completion:
+    """The whole answer, as generate() has it."""
     top = row.top_logprobs if row.params.logprobs else None
     return Completion(
         row.text, row.tokens, row.logprobs, row.finish_reason, row.seed, row.choice, prompt, row.start, top, row.error

@@ -389,6 +389,10 @@ class Scheduler:
             finally:
                 source.close()
 
+    def exclusive(self) -> threading.Lock:
+        """Held while the runner and the pages are somebody's who is no step."""
+        return self._stepping
+
     def check(self) -> None:
         """Raises AssertionError where pages are not those of the running sequences, or two sequences write one page."""
         self.pool.check(sequence.pages for sequence in self.running)

@@ -1,6 +1,6 @@
 """The test session: which proofs are required, which were executed, where the seconds went, where data sets lie.
 
-GPTFAST_REQUIRE names proofs whose skip is a failure; with CI=true and no GPTFAST_REQUIRE these are the five that need no GPU.
+GPTFAST_REQUIRE names proofs whose skip is a failure; with CI=true and no GPTFAST_REQUIRE these are the six that need no GPU.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from gptfast.testing.checks import Target
 
 ROOT = Path(__file__).resolve().parents[2]
-PROOFS = ("cpp", "triton-interpret", "triton-aot", "cuda-build", "cuda-emulated", "cuda", "triton")
-WITHOUT_GPU = PROOFS[:5]
+PROOFS = ("cpp", "triton-interpret", "triton-aot", "cuda-build", "cuda-emulated", "browser", "cuda", "triton")
+WITHOUT_GPU = PROOFS[:6]
 # files whose tests run by the table and once more with GPTFAST_BACKEND=eager
 RUN_TWICE = (
     "generation/", "training/", "tasks/test_classification.py", "tasks/test_language_modelling.py", "tasks/test_rows.py",
@@ -187,6 +187,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-proof-rows", action="store_true", help="record what was executed in proof_rows.json and proof.json")
+    parser.addoption("--fuzz-rounds", type=int, default=120, help="damaged files for each loader in tests/test_fuzz.py (default: 120)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
