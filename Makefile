@@ -23,7 +23,7 @@ PIP = $(VENV)/bin/python -m pip install -q --disable-pip-version-check -c .ci/co
 SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cpu/engine/*.* csrc/cuda/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint build aot asan mutate fuzz soak campaigns bench clean
+.PHONY: help demo test lint build aot asan mutate crash fuzz soak campaigns bench clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ asan: $(TEST_READY)  ## the C++ op suite under Address- and UndefinedBehaviorSan
 mutate: $(TEST_READY)  ## does each op's test notice 12 one-place changes of its C++ kernel (3 min a kernel; ARGS="--file F --count 3")
 	$(PY) tests/mutate.py $(ARGS)
 
+crash: $(TEST_READY)  ## 200 runs, each killed at a system call of a save and resumed, end with the same bits (5-20 min)
+	$(PY) tests/crash.py $(ARGS)
+
 fuzz: $(TEST_READY)  ## 10,000 made-up requests to the server (ARGS="--count 1000"), 3,000 damaged files for each loader (15-25 min)
 	$(PY) tests/fuzz_server.py $(ARGS)
 	$(PY) tests/fuzz_loaders.py
@@ -56,7 +59,7 @@ fuzz: $(TEST_READY)  ## 10,000 made-up requests to the server (ARGS="--count 100
 soak: $(TEST_READY)  ## clients that go away at random, 50 a second; is anything left behind? (13 min; ARGS="--seconds 60")
 	$(PY) tests/soak.py $(ARGS)
 
-campaigns: aot asan mutate fuzz soak  ## all long proofs, one after the other (1.5-2 h); counts go to tests/campaigns.json
+campaigns: aot asan mutate crash fuzz soak  ## all long proofs, one after the other (2-3 h); counts go to tests/campaigns.json
 
 bench: $(TEST_READY)  ## GPT-2's training step beside PyTorch and nanoGPT (20-40 min; ARGS="-k char --nanogpt PATH" and bench/README.md)
 	$(PY) -m pytest bench/bench_train.py $(ARGS)
