@@ -20,7 +20,9 @@ CONFIGS = {
 
 
 @pytest.fixture(autouse=True)
-def extension():
+def extension(request):
+    if "backend_choice" in request.fixturenames:
+        request.getfixturevalue("backend_choice")
     testing.requires("cpp", backend.EXTENSIONS["_C"])
     if os.environ.get("GPTFAST_BACKEND") == "eager":
         pytest.skip("the engine calls no ops: once is enough")
@@ -28,7 +30,7 @@ def extension():
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("sampled", [False, True])
-def test_cppchooses_as_eager_does(name, sampled):
+def test_cpp_chooses_as_eager_does(name, sampled):
     model = spread(**CONFIGS[name])
     texts = texts_of(model, do_sample=sampled, seed=3 if sampled else None)
     assert len(texts) == PROMPTS and all(len(ids) == length + NEW for length, ids in texts)

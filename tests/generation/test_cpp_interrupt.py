@@ -19,7 +19,9 @@ from gptfast.testing.engine import Driver, model_of, prompts_of, row_of
 
 
 @pytest.fixture(autouse=True)
-def extension():
+def extension(request):
+    if "backend_choice" in request.fixturenames:
+        request.getfixturevalue("backend_choice")
     testing.requires("cpp", backend.EXTENSIONS["_C"])
     if os.environ.get("GPTFAST_BACKEND") == "eager":
         pytest.skip("the engine calls no ops: once is enough")

