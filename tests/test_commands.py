@@ -169,8 +169,10 @@ def test_log_probabilities_are_printed(run: Run, model: Path) -> None:
 def test_stops_and_allowed_tokens(run: Run, model: Path) -> None:
     arguments = ("the cat", "--max-tokens", "9", "--ignore-eos", "--seed", "1", "--json")
     free = json.loads(run("generate", model, *arguments)[1])["completions"][0]
-    stopped = json.loads(run("generate", model, *arguments, "--stop", free["text"][3:5])[1])["completions"][0]
-    assert stopped["finish_reason"] == "stop" and free["text"].startswith(stopped["text"]) and len(stopped["text"]) <= 3
+    stop = free["token_ids"][3]
+    stopped = json.loads(run("generate", model, *arguments, "--stop-token-ids", stop)[1])["completions"][0]
+    end = free["token_ids"].index(stop) + 1
+    assert stopped["finish_reason"] == "stop" and stopped["token_ids"] == free["token_ids"][:end]
     only = ("--allowed-tokens", "5", "--allowed-tokens", "7", "--banned-tokens", "7")
     assert set(json.loads(run("generate", model, *arguments, *only)[1])["completions"][0]["token_ids"]) == {5}
 

@@ -73,10 +73,9 @@ def _columns(params: SamplingParams, rows: int) -> dict[str, Any]:
 
 
 def choose(logits: Tensor, params: SamplingParams, seed: int, position: Tensor) -> Tensor:
-    """Ids [B] drawn from logits [B, V] by the definition."""
+    """Ids [B] drawn from logits [B, V]."""
     key: dict[str, Any] = {"seed": torch.full_like(position, seed), "position": position, "choice": torch.zeros_like(position)}
-    with backend.use(sample="eager"):
-        return ops.sample(logits, **_columns(params, len(logits)), **key).token
+    return ops.sample(logits, **_columns(params, len(logits)), **key).token
 
 
 def margins(logits: Tensor, params: SamplingParams, seed: int, position: Tensor) -> Tensor:

@@ -71,12 +71,15 @@ def test_an_engine_goes_on_after_beams(engine):
     assert engine.generate("The quick", params) == before and engine.beam_search([], 2) == []
 
 
-def test_too_few_pages_and_what_is_refused(make, engine):
+def test_too_few_pages(make):
     scheduler = Scheduler(make(4))
-    with pytest.raises(Error, match="beam search needs more than the 4 pages of 64 tokens"):
+    with pytest.raises(Error, match="beam search needs more than 4 pages of 64 tokens"):
         scheduler.beams([row([5] * 70, 6, PLAIN)], BeamSettings(8))
     scheduler.check()
     assert scheduler.pool.available == 4
+
+
+def test_what_is_refused(engine):
     for arguments, message in (
         ({"num_beams": 0}, "num_beams is 0"), ({"num_beams": True}, "num_beams is True"),
         ({"num_beams": 2, "length_penalty": float("nan")}, "length_penalty is nan"),

@@ -19,8 +19,12 @@ from gptfast.testing.engine import Driver, model_of, prompts_of, row_of
 
 
 @pytest.fixture(autouse=True)
-def extension():
+def extension(request):
+    if "backend_choice" in request.fixturenames:
+        request.getfixturevalue("backend_choice")
     testing.requires("cpp", backend.EXTENSIONS["_C"])
+    if os.environ.get("GPTFAST_BACKEND") == "eager":
+        pytest.skip("the engine calls no ops: once is enough")
 
 
 def long_decode():
@@ -136,28 +140,18 @@ def test_ctrl_c_in_a_long_prompt_leaves_the_scheduler_as_it_was(deep):
         assert results[0] == results[1] and len({tuple(tokens) for tokens in results[0]}) == 3
 
 
-@pytest.mark.parametrize("moment", ["prompt", "answer"])
-def test_ctrl_c_ends_a_process_with_130(tmp_path, moment):
-    """A real one, with kernels without AVX: a chunk of its prompt takes some seconds."""
+def test_ctrl_c_in_a_long_prompt_ends_a_process_with_130(tmp_path):
+    """A real one, with kernels without AVX: a chunk of its prompt takes most of a second."""
     GPT2Tokenizer.train(["the cat sat on the mat. " * 20], 300).save_pretrained(tmp_path)
     torch.manual_seed(0)
-    config = GPT2Config(300, 2048, 384, 8, 4, initializer_range=0.1, bos_token_id=299, eos_token_id=299)
+    config = GPT2Config(300, 2048, 256, 6, 4, initializer_range=0.1, bos_token_id=299, eos_token_id=299)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    prompt = "the " * (1900 if moment == "prompt" else 4)
-    command = [sys.executable, "-P", "-m", "gptfast", "generate", str(tmp_path), prompt, "--device", "cpu", "--threads", "1"]
-    command += ["--max-tokens", "1000", "--seed", "1", "--ignore-eos"]
-    environment = {**os.environ, "GPTFAST_CPU_ISA": "plain", "XDG_CACHE_HOME": str(tmp_path)}
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
-    first = b""
-    if moment == "prompt":
-        while b"seed 1" not in child.stderr.readline():
-            assert child.poll() is None
-        time.sleep(0.3)
-    else:
-        first = os.read(child.stdout.fileno(), 1)
-    sent = time.perf_counter()
+    command = [sys.executable, "-P", "-m", "gptfast", "generate", str(tmp_path), "the " * 1900, "--device", "cpu", "--threads", "1"]
+    environment = {**os.environ, "GPTFAST_CPU_ISA": "plain"}
+    child = subprocess.Popen([*command, "--seed", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    while b"seed 1" not in child.stderr.readline():
+        assert child.poll() is None
+    time.sleep(0.3)
     child.send_signal(signal.SIGINT)
     rest, errors = child.communicate(timeout=60)
-    assert child.returncode == 130 and b"Traceback" not in errors and b"gptfast: stopped" in errors, errors
-    assert time.perf_counter() - sent < 10
-    assert (first + rest).strip() == b"" if moment == "prompt" else first and rest.endswith(b"\n")
+    assert child.returncode == 130 and b"Traceback" not in errors and not rest.strip(), errors
