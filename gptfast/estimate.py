@@ -129,7 +129,7 @@ def _from_two(timed: Callable[[int, int], float], size: int, first: float | None
             ones.append(timed(1, size))
         twos.append(timed(2, size))
     one, two = statistics.median(ones), statistics.median(twos)
-    each = max(two - one, one / 4)  # on a noisy machine the difference may be anything
+    each = max(two - one, one / 20)  # on a noisy machine the difference may be anything
     return max(one - each, 0.0) + each * batch / size
 
 

@@ -19,7 +19,7 @@ def estimate(
     common: Common,
     given: dict[str, Any],
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="whose shape to take: folder, packed file, id", show_default="the options'")
+        str | None, typer.Argument(metavar="MODEL", help="whose shape to take: folder, file, hub id", show_default="the options'")
     ] = None,
     config: Config = None,
 ) -> dict[str, Any]:
