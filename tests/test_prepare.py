@@ -35,6 +35,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's folder on sys.path, which a started process is given and which tests keep it off."""
+    monkeypatch.syspath_prepend(str(Path(data.__file__).parent.parent))
+
+
+@pytest.mark.usefixtures("importable")
 def test_the_number_of_processes_changes_nothing(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jsonl").write_text(lines(3000))
     monkeypatch.setattr(data, "_BATCH_CHARS", 20_000)
@@ -179,6 +186,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path, tokenizer: Path) ->
     assert grown < size / 2, f"{grown:,} bytes more for {size:,} of text"
 
 
+@pytest.mark.usefixtures("importable")
 def test_a_process_that_dies_is_an_error(tmp_path: Path, tokenizer: Path) -> None:
     (tmp_path / "a.jsonl").write_text(lines(100))
     spec = GPT2Tokenizer.from_pretrained(tokenizer).to_json()
