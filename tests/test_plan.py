@@ -73,7 +73,7 @@ def test_activations_are_what_the_blocks_keep(dtype: torch.dtype) -> None:
 
 
 def test_speed_is_near_what_a_run_reaches() -> None:
-    """Loosely: other programs run beside the tests. bench/bench_estimate.py compares on a quiet machine."""
+    """Loosely: other programs run beside the tests. bench/estimate.py compares on a quiet machine."""
     config = TrainConfig(batch=4, context=64, steps=60, warmup=1, device="cpu", log_every=60)
     ids = torch.randint(500, (4000,))
     said = estimate.calibrate(CONFIG, config, TokenData.from_ids(ids), seconds=0.5)
