@@ -1,7 +1,7 @@
 """What a training run will need, before it starts: parameters, memory by arithmetic, speed by a calibration of about two seconds.
 
-Memory is counted as the trainer holds it (training/step.py): parameters, gradients and AdamW's two moments in fp32, a working copy in
-a smaller dtype, what the blocks keep for the backward pass (ops/transformer_block.py), and the head's logits and gradient
+Memory is counted as the trainer holds it (training/step.py): parameters, gradients and AdamW's two moments in fp32, a working copy
+in a smaller dtype, what the blocks keep for the backward pass (ops/transformer_block.py), and the head's logits and gradient
 (ops/linear_cross_entropy.py). The calibration runs the trainer's own step on the run's own shapes, as many sequences of it as fit
 into the time; a step is taken as so much for each sequence plus the update, which does not depend on their number.
 """
@@ -68,7 +68,9 @@ def memory(config: GPT2Config, train: TrainConfig) -> dict[str, int]:
     return {**found, "total": sum(found.values()), "kv_cache": cache_bytes(config, config.n_positions, size)}
 
 
-def calibrate(config: GPT2Config, train: TrainConfig, data: shards.TokenData | None = None, seconds: float = 2.0) -> dict[str, float]:
+def calibrate(
+    config: GPT2Config, train: TrainConfig, data: shards.TokenData | None = None, seconds: float = 2.0
+) -> dict[str, float]:
     """seconds_per_step, tokens_per_s and the calibration_s it took, of a model with random weights of this shape.
 
     data: what is read (default: random ids). Whole steps are timed where eight of them fit into `seconds`; else steps of one and of
@@ -117,7 +119,8 @@ def _mean(run: Callable[[], float], seconds: float) -> float:
 
 def _from_two(timed: Callable[[int, int], float], size: int, first: float | None, batch: int, seconds: float) -> float:
     """Seconds of a step of `batch` sequences, from steps of one and of two microbatches of `size`, timed in turn."""
-    ones, twos = [] if first is None else [first], []
+    ones: list[float] = [] if first is None else [first]
+    twos: list[float] = []
     if first is None:
         timed(1, size)
     start = time.perf_counter()
@@ -126,7 +129,7 @@ def _from_two(timed: Callable[[int, int], float], size: int, first: float | None
             ones.append(timed(1, size))
         twos.append(timed(2, size))
     one, two = statistics.median(ones), statistics.median(twos)
-    each = max(two - one, one / 4)  # on a noisy machine the difference may be anything
+    each = max(two - one, one / 20)  # on a noisy machine the difference may be anything
     return max(one - each, 0.0) + each * batch / size
 
 
@@ -154,7 +157,7 @@ def estimate(
         raise Error(f"context is {context:,}; the model has {config.n_positions:,} positions")
     tokens = train.batch * context
     speed = calibrate(config, train, data, seconds)
-    found = {
+    found: dict[str, Any] = {
         "parameters": parameters(config), "memory": memory(config, train), "dtype": train.dtype,
         "device": str(resolve_device(train.device)), "threads": torch.get_num_threads(), "tokens_per_step": tokens,
         "steps": train.steps, "tokens": tokens * train.steps, **speed,
@@ -180,8 +183,8 @@ def text(found: dict[str, Any]) -> str:
     lines = [f"{found['parameters']:,} parameters, {found['dtype']}, {found['device']}, {found['threads']} threads"]
     lines += [f"  {label:27s} {memory[key] / 1e6:12,.1f} MB" for key, label in names.items() if memory[key]]
     lines.append(f"  {'KV cache of a sequence':27s} {memory['kv_cache'] / 1e6:12,.1f} MB")
-    speed = f"{found['tokens_per_s']:,.0f} tokens/s, {found['seconds_per_step'] * 1e3:,.1f} ms a step of {found['tokens_per_step']:,} tokens"
-    lines.append(f"{speed} (calibrated in {found['calibration_s']:.1f} s)")
+    step = f"{found['seconds_per_step'] * 1e3:,.1f} ms a step of {found['tokens_per_step']:,} tokens"
+    lines.append(f"{found['tokens_per_s']:,.0f} tokens/s, {step} (calibrated in {found['calibration_s']:.1f} s)")
     epochs = f", {found['epochs']:.2f} epochs of {found['data_tokens']:,}" if "epochs" in found else ""
     lines.append(f"{found['steps']:,} steps: {found['tokens']:,} tokens{epochs}, {duration(found['eta_s'])}")
     return "\n".join(lines)

@@ -117,7 +117,7 @@ class ShardWriter:
         path, left = self.folder / self._name, self._count * self.dtype.itemsize
         if not path.exists():
             raise LoadError(f"shard {path}: it is gone")
-        self._file, self._digest = open(path, "r+b"), hashlib.sha256()
+        self._file, self._digest = open(path, "r+b"), hashlib.sha256()  # noqa: SIM115 - closed by _finish
         self._file.truncate(HEADER + left)
         self._file.seek(HEADER)
         while left > 0 and (data := self._file.read(min(left, _CHUNK))):

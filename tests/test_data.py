@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptfast import Error, LoadError, data
+from gptfast import Error, LoadError, data, shards
 from gptfast.tokenizer import GPT2Tokenizer
 
 LINES = [f"line {n}: the quick brown fox counts to {n * n % 97}\n" for n in range(3000)]
@@ -118,8 +118,8 @@ def test_shards_are_cut_and_read_as_one(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": 1}', r"a\.jsonl, line 1: an object"),
         ("a.jsonl", "\n", "the corpus is empty"),
         ("a.txt", "", "the corpus is empty"),
-        ("a.txt", b"abc \xff def", r"a\.txt: not UTF-8 text \(byte 0xff\)"),
-        ("a.pdf", "x", r"a\.pdf: allowed are \.txt and \.jsonl"),
+        ("a.txt", b"abc \xff def", r"a\.txt: not UTF-8 text \(byte 0xff at offset 4\)"),
+        ("a.pdf", "x", r"a\.pdf: allowed are \.txt, \.jsonl, \.csv"),
     ],
 )
 def test_bad_input_leaves_nothing_behind(
@@ -142,7 +142,7 @@ def test_arguments_that_cannot_work(tmp_path: Path, text: Path, tokenizer: GPT2T
     with pytest.raises(Error, match="val is 1"):
         data.prepare([text], tmp_path / "out", tokenizer, val=1.0)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(Error, match=r"no \.txt or \.jsonl file"):
+    with pytest.raises(Error, match=r"no \.txt, \.jsonl, .* file in it"):
         data.prepare([tmp_path / "empty"], tmp_path / "out", tokenizer)
     (tmp_path / "one.txt").write_text("one document")
     with pytest.raises(Error, match="every document was held out"):
@@ -170,6 +170,12 @@ def _meta(**changes: object) -> Callable[[Path], None]:
     return harm
 
 
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
 HARM: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda f: (f / "train_00000.bin").write_bytes((f / "train_00000.bin").read_bytes()[:-3]), "truncated or damaged"),
     "short header": (lambda f: (f / "train_00000.bin").write_bytes(b"gptfast-shard\n{}"), "its header is damaged"),
@@ -181,6 +187,7 @@ HARM: dict[str, tuple[Callable[[Path], object], str]] = {
     "other format": (_meta(format="x"), "not a gptfast data set"),
     "no split": (_meta(train=3), "malformed"),
     "outside": (_meta(train={"shards": [{"file": "../x.bin", "tokens": 1}]}), "outside the folder"),
+    "altered": (lambda f: _flip(f / "train_00000.bin"), "SHA-256: altered or damaged"),
     "cut": (lambda f: (f / "dataset.json").write_text('{"form'), "not JSON"),
 }
 
@@ -192,6 +199,19 @@ def test_damaged_shards_are_refused(tmp_path: Path, text: Path, tokenizer: GPT2T
     action(tmp_path / "out")
     with pytest.raises(LoadError, match=message):
         data.load(tmp_path / "out")
+
+
+def test_hashes_of_a_large_split_are_checked_on_request(
+    tmp_path: Path, text: Path, tokenizer: GPT2Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta = data.prepare([text], tmp_path / "out", tokenizer, progress=False)
+    assert data.verify(tmp_path / "out") == meta
+    _flip(tmp_path / "out/train_00000.bin")
+    monkeypatch.setattr(shards, "_HASHED", 10)
+    assert len(data.load(tmp_path / "out")) == meta["train"]["tokens"]
+    for check in (lambda: data.load(tmp_path / "out", verify=True), lambda: data.verify(tmp_path / "out")):
+        with pytest.raises(LoadError, match=r"train_00000\.bin: its ids do not have"):
+            check()
 
 
 def test_real_text(tmp_path: Path, data_file: Callable[[str], Path]) -> None:

@@ -59,6 +59,9 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(root / "sharded", max_shard_size="5KB")
     packed.write(root / "model", "bf16", root / "packed")
     (root / "text.jsonl").write_text("\n".join(json.dumps({"text": f"the cat {i}"}) for i in range(20)))
+    (root / "text.csv").write_text("id,text\n" + "".join(f'{i},"the ""cat"" {i}"\n' for i in range(20)))
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"text": [f"the cat {i}" for i in range(20)]}), root / "text.parquet")
     data.prepare([root / "text.jsonl"], root / "shards", root / "model", val=0.3, progress=False)
     checkpoint.save(root / "run", 3, lambda folder: (folder.json("a.json", {"x": 1}), folder.tensors("b", {"t": torch.ones(3)}))[0])
     (root / "train.yaml").write_text("steps: 3\nlr: 1e-3\ndtype: bf16\nwarmup: 5\nschedule: cosine\n")
@@ -91,6 +94,8 @@ LOADERS: dict[str, tuple[tuple[str, ...], Callable[[Path], object]]] = {
     "verify": (("packed",), lambda root: packed.verify(root / "packed")),
     "shards": (("shards/dataset.json", "shards/train_00000.bin", "shards/val_00000.bin"), read_shards),
     "jsonl": (("text.jsonl",), lambda root: list(data.read_texts(root / "text.jsonl"))),
+    "csv": (("text.csv",), lambda root: list(data.read_texts(root / "text.csv"))),
+    "parquet": (("text.parquet",), lambda root: list(data.read_texts(root / "text.parquet"))),
     "checkpoint": ((f"{STEP}/manifest.json", f"{STEP}/a.json", f"{STEP}/b"), read_checkpoint),
     "yaml": (("train.yaml",), lambda root: read_yaml(root / "train.yaml", keys(TrainConfig))),
 }  # fmt: skip

@@ -19,11 +19,11 @@ def estimate(
     common: Common,
     given: dict[str, Any],
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="whose shape to take: folder, packed file, hub id", show_default="the options'")
+        str | None, typer.Argument(metavar="MODEL", help="whose shape to take: folder, file, hub id", show_default="the options'")
     ] = None,
     config: Config = None,
 ) -> dict[str, Any]:
-    """Say what `gptfast train` with these options will need: parameters, memory, and from two seconds of it the speed and the time."""
+    """Say what `gptfast train` with these options will need: parameters, memory, and after two seconds of it speed and time."""
     sources = layers(given, config, None, {**TRAIN_KEYS, **MODEL_KEYS})
     settings, shape = sources.build(TrainConfig), sources.build(GPT2Config)
     model = model or settings.init
