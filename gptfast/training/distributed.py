@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from gptfast import checkpoint
 from gptfast.config import TrainConfig
@@ -284,7 +285,7 @@ class FSDP(Group):
     def plain(self, model: Any) -> Any:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        state: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if not self.main:
             return None
         return copy.deepcopy(self._empty, {id(p): nn.Parameter(state[name]) for name, p in self._empty.named_parameters()})
@@ -335,7 +336,7 @@ def start(config: TrainConfig) -> Parallel:
             raise Error(f"--nproc-per-node is more than {local}; this machine has {gpus} GPUs")
         torch.cuda.set_device(local)
     if not dist.is_initialized():
-        _store, rank, world = next(dist.rendezvous("env://"))
+        _store, rank, world = next(rendezvous("env://"))
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=_store, rank=rank, world_size=world)
     engine = {"ddp": DDP, "fsdp": FSDP}[config.parallel]
     return engine(torch.device("cuda" if on_gpu else "cpu"), _store)
