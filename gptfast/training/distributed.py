@@ -65,14 +65,17 @@ class Group(Parallel):
         self.device, self.store = device, store
 
     def total(self, loss: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """Added in float64: counts stay exact."""
         both = torch.stack([loss.double(), count.double()])
         dist.all_reduce(both)
         return both[0].to(loss.dtype), both[1].to(count.dtype)
 
     def seed(self, seed: int, step: int) -> None:
+        """A function of seed, step and rank, so that no generator has to be saved for each rank."""
         torch.manual_seed((seed + 0x9E3779B9 * step + (self.rank << 48)) % 2**63)
 
     def agree(self, tokens: int, asked: int | None) -> tuple[int, int | None]:
+        """One exchange between the hosts."""
         sums = torch.tensor([tokens, 0, 0])  # on the CPU, by gloo: the GPU's queue is not waited for
         if asked is not None:
             sums[1 + _SIGNALS.index(asked)] = 1
@@ -81,6 +84,7 @@ class Group(Parallel):
         return total, next((number for number, count in zip(_SIGNALS, counts, strict=True) if count), None)
 
     def spread(self, work: Callable[[T], tuple[float, float]], items: list[T]) -> list[tuple[float, float]]:
+        """Round robin."""
         results = torch.zeros(len(items), 2, dtype=torch.float64)
         for first in range(0, len(items), self.world):
             index = first + self.rank
@@ -91,12 +95,14 @@ class Group(Parallel):
         return [(first, second) for first, second in results.tolist()]
 
     def newest(self, run: Path) -> tuple[int, Path] | None:
+        """Found by the main process."""
         found = checkpoint.newest(run) if self.main else None
         step = torch.tensor([-1 if found is None else found[0]])
         dist.broadcast(step, 0)
         return next(((number, path) for number, path in checkpoint.steps(run) if number == int(step)), None)
 
     def save(self, write: Callable[[Fill], Any], fill: Fill) -> None:
+        """Ends on all ranks when the main process is done."""
         failure = None
         try:
             if self.main:
@@ -121,6 +127,7 @@ class Group(Parallel):
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
+        """Ranks after the first warn of nothing."""
         try:
             with warnings.catch_warnings():
                 if not self.main:
@@ -180,15 +187,18 @@ class DDP(Group):
     """The whole model on every rank (torch.nn.parallel.DistributedDataParallel)."""
 
     def attach(self, step: Step) -> None:
+        """Wraps the step."""
         self.engine = nn.parallel.DistributedDataParallel(_Forward(step), gradient_as_bucket_view=True)
         self.engine.register_comm_hook(None, lambda state, bucket: _summed(bucket.buffer()))
         step.refresh()  # the parameters are rank 0's now
 
     def loss_sum(self, step: Step, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Through DDP."""
         loss, count = self.engine(batch)
         return loss, count
 
     def exchanging(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """All but the last without an exchange."""
         ahead = iter(batches)
         batch = next(ahead, None)
         while batch is not None:
@@ -204,11 +214,13 @@ class FSDP(Group):
     casts = True
 
     def rows(self, config: TrainConfig) -> int:
+        """Raises gptfast.Error for an optimizer that needs whole matrices."""
         if config.optimizer == "muon":
             raise Error("optimizer is muon, which needs whole matrices; allowed with --parallel fsdp: adamw")
         return super().rows(config)
 
     def prepare(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Shards the model in place; `parameters` are this rank's rows."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -233,6 +245,7 @@ class FSDP(Group):
         return self.parameters
 
     def grad_norm(self, params: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """From every rank's rows, whose gradients it puts where the optimizer looks."""
         for name, sharded in self._sharded.items():
             if sharded.grad is not None:
                 self.parameters[name].grad, sharded.grad = sharded.grad.to_local(), None
@@ -243,6 +256,7 @@ class FSDP(Group):
         return norm, torch.isfinite(norm).to(norm.dtype)
 
     def save(self, write: Callable[[Fill], Any], fill: Fill) -> None:
+        """Sharded tensors are gathered on the way."""
         self._gathered = self._before = 0
 
         def gathering(folder: checkpoint.Folder) -> None:
@@ -265,6 +279,7 @@ class FSDP(Group):
         return tensor if self._gathered <= self._before else tensor.full_tensor()
 
     def whole(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Sharded tensors as DTensors, put together when it is their turn to be written."""
         from torch.distributed.tensor import DTensor
 
         made = {}
@@ -277,12 +292,14 @@ class FSDP(Group):
         return made
 
     def part(self, name: str, tensor: Tensor) -> Tensor:
+        """This rank's rows."""
         if tensor.shape != self._sharded[name].shape:
             return tensor  # a counter, or of another model
         pieces = tensor.chunk(self.world)
         return pieces[self.rank] if self.rank < len(pieces) else tensor[:0]
 
     def plain(self, model: Any) -> Any:
+        """A copy with the whole parameters, on the CPU."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         state: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

@@ -64,11 +64,11 @@ def trainer(out: Path | str, steps: int = STEPS, dropout: float = 0.0, width: in
     return Trainer(model, Ragged(), torch.arange(400) % 61, config, quiet=True)
 
 
-# ------------------------------------------------------------------------------------------------- in a process that forks the ranks
+# ------------------------------------------------------------------------------------------------ in a process that forks the ranks
 
 
 def ranks(folder: Path, world: int, work: Callable[[], None]) -> list[int]:
-    """work() in each of `world` processes, with torchrun's variables; their exit codes. What they print is in folder/rank.<number>."""
+    """work() in each of `world` processes, with torchrun's variables; their exit codes. What one prints is in folder/rank.N."""
     import torch.distributed as dist
 
     folder.mkdir(parents=True, exist_ok=True)
