@@ -1,7 +1,7 @@
 """Many processes on PyTorch's own engines: torchrun starts them, DDP or FSDP2 (`fully_shard`) exchanges gradients, gloo (CPUs) or
 NCCL (GPUs) moves the bytes. Without torchrun all of this is one process and does nothing.
 
-Rank r of R computes rows r B/R .. (r+1) B/R - 1 of every batch of B, so neither the order of the data nor a batch depends on R. Losses
+Rank r of R computes rows r B/R .. (r+1) B/R - 1 of every batch of B: neither the order of the data nor a batch depends on R. Losses
 and counts of targets are added over the ranks and gradients are sums too, divided by the common count: a rank with fewer targets
 weighs less, and the norm that clips is that of the whole gradient. A step whose gradient is not finite on one rank is so on all.
 
@@ -13,7 +13,7 @@ memory, so that its kernels know nothing of all this.
 A checkpoint is the same safetensors and JSON whatever wrote it, by checkpoint.py's protocol: rank 0 writes, sharded tensors are put
 together one at a time while it does, and every rank reads its rows of the file. So any number of processes, one without torchrun
 included, goes on from it, and one hash covers each file. torch.distributed.checkpoint's own storage keeps its metadata in a pickle,
-which must not be read back here, and its safetensors storage makes a file a rank that only it can join; its state_dict functions are
+which must not be read here, and its safetensors storage makes a file a rank that only it can join; its state_dict functions are
 used where a whole model is handed out. OUT has to be one folder for all machines (shared).
 
 Whoever fails first tells the others through torchrun's store, says why, and all end; collectives that lose a partner end a rank
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from gptfast.training.step import Step
 
 T = TypeVar("T")
-_FAILED = "gptfast/failed"  # in the store: "rank exit-code" of the first process that failed
+_FAILED = "failed"  # in the store: "rank exit-code" of the first process that failed
 _SIGNALS = signal.SIGTERM, signal.SIGINT  # what stops a run
 _TEXT = 256  # bytes of a message between ranks
 _LOST = ("gloo", "nccl", "connection closed", "connection reset")  # what a collective says whose partner is gone
@@ -354,6 +354,8 @@ def start(config: TrainConfig) -> Parallel:
         torch.cuda.set_device(local)
     if not dist.is_initialized():
         _store, rank, world = next(rendezvous("env://"))
+        # after a restart torchrun's store still holds what the dead processes said
+        _store = dist.PrefixStore(f"gptfast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", _store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=_store, rank=rank, world_size=world)
     engine = {"ddp": DDP, "fsdp": FSDP}[config.parallel]
     return engine(torch.device("cuda" if on_gpu else "cpu"), _store)
