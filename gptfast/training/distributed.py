@@ -1,7 +1,7 @@
 """Many processes on PyTorch's own engines: torchrun starts them, DDP or FSDP2 (`fully_shard`) exchanges gradients, gloo (CPUs) or
 NCCL (GPUs) moves the bytes. Without torchrun all of this is one process and does nothing.
 
-Rank r of R computes rows r B/R .. (r+1) B/R - 1 of every batch of B, so neither the order of the data nor a batch depends on R. Losses
+Rank r of R computes rows r B/R .. (r+1) B/R - 1 of every batch of B: neither the order of the data nor a batch depends on R. Losses
 and counts of targets are added over the ranks and gradients are sums too, divided by the common count: a rank with fewer targets
 weighs less, and the norm that clips is that of the whole gradient. A step whose gradient is not finite on one rank is so on all.
 
@@ -13,7 +13,7 @@ memory, so that its kernels know nothing of all this.
 A checkpoint is the same safetensors and JSON whatever wrote it, by checkpoint.py's protocol: rank 0 writes, sharded tensors are put
 together one at a time while it does, and every rank reads its rows of the file. So any number of processes, one without torchrun
 included, goes on from it, and one hash covers each file. torch.distributed.checkpoint's own storage keeps its metadata in a pickle,
-which must not be read back here, and its safetensors storage makes a file a rank that only it can join; its state_dict functions are
+which must not be read here, and its safetensors storage makes a file a rank that only it can join; its state_dict functions are
 used where a whole model is handed out. OUT has to be one folder for all machines (shared).
 
 Whoever fails first tells the others through torchrun's store, says why, and all end; collectives that lose a partner end a rank
@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from gptfast import checkpoint
 from gptfast.config import TrainConfig
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from gptfast.training.step import Step
 
 T = TypeVar("T")
-_FAILED = "gptfast/failed"  # in the store: "rank exit-code" of the first process that failed
+_FAILED = "failed"  # in the store: "rank exit-code" of the first process that failed
 _SIGNALS = signal.SIGTERM, signal.SIGINT  # what stops a run
 _TEXT = 256  # bytes of a message between ranks
 _LOST = ("gloo", "nccl", "connection closed", "connection reset")  # what a collective says whose partner is gone
@@ -64,14 +65,17 @@ class Group(Parallel):
         self.device, self.store = device, store
 
     def total(self, loss: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """Added in float64: counts stay exact."""
         both = torch.stack([loss.double(), count.double()])
         dist.all_reduce(both)
         return both[0].to(loss.dtype), both[1].to(count.dtype)
 
     def seed(self, seed: int, step: int) -> None:
+        """A function of seed, step and rank, so that no generator has to be saved for each rank."""
         torch.manual_seed((seed + 0x9E3779B9 * step + (self.rank << 48)) % 2**63)
 
     def agree(self, tokens: int, asked: int | None) -> tuple[int, int | None]:
+        """One exchange between the hosts."""
         sums = torch.tensor([tokens, 0, 0])  # on the CPU, by gloo: the GPU's queue is not waited for
         if asked is not None:
             sums[1 + _SIGNALS.index(asked)] = 1
@@ -80,6 +84,7 @@ class Group(Parallel):
         return total, next((number for number, count in zip(_SIGNALS, counts, strict=True) if count), None)
 
     def spread(self, work: Callable[[T], tuple[float, float]], items: list[T]) -> list[tuple[float, float]]:
+        """Round robin."""
         results = torch.zeros(len(items), 2, dtype=torch.float64)
         for first in range(0, len(items), self.world):
             index = first + self.rank
@@ -90,12 +95,14 @@ class Group(Parallel):
         return [(first, second) for first, second in results.tolist()]
 
     def newest(self, run: Path) -> tuple[int, Path] | None:
+        """Found by the main process."""
         found = checkpoint.newest(run) if self.main else None
         step = torch.tensor([-1 if found is None else found[0]])
         dist.broadcast(step, 0)
         return next(((number, path) for number, path in checkpoint.steps(run) if number == int(step)), None)
 
     def save(self, write: Callable[[Fill], Any], fill: Fill) -> None:
+        """Ends on all ranks when the main process is done."""
         failure = None
         try:
             if self.main:
@@ -120,6 +127,7 @@ class Group(Parallel):
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
+        """Ranks after the first warn of nothing."""
         try:
             with warnings.catch_warnings():
                 if not self.main:
@@ -179,15 +187,18 @@ class DDP(Group):
     """The whole model on every rank (torch.nn.parallel.DistributedDataParallel)."""
 
     def attach(self, step: Step) -> None:
+        """Wraps the step."""
         self.engine = nn.parallel.DistributedDataParallel(_Forward(step), gradient_as_bucket_view=True)
         self.engine.register_comm_hook(None, lambda state, bucket: _summed(bucket.buffer()))
         step.refresh()  # the parameters are rank 0's now
 
     def loss_sum(self, step: Step, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Through DDP."""
         loss, count = self.engine(batch)
         return loss, count
 
     def exchanging(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """All but the last without an exchange."""
         ahead = iter(batches)
         batch = next(ahead, None)
         while batch is not None:
@@ -203,11 +214,13 @@ class FSDP(Group):
     casts = True
 
     def rows(self, config: TrainConfig) -> int:
+        """Raises gptfast.Error for an optimizer that needs whole matrices."""
         if config.optimizer == "muon":
             raise Error("optimizer is muon, which needs whole matrices; allowed with --parallel fsdp: adamw")
         return super().rows(config)
 
     def prepare(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Shards the model in place; `parameters` are this rank's rows."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -232,6 +245,7 @@ class FSDP(Group):
         return self.parameters
 
     def grad_norm(self, params: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """From every rank's rows, whose gradients it puts where the optimizer looks."""
         for name, sharded in self._sharded.items():
             if sharded.grad is not None:
                 self.parameters[name].grad, sharded.grad = sharded.grad.to_local(), None
@@ -242,6 +256,7 @@ class FSDP(Group):
         return norm, torch.isfinite(norm).to(norm.dtype)
 
     def save(self, write: Callable[[Fill], Any], fill: Fill) -> None:
+        """Sharded tensors are gathered on the way."""
         self._gathered = self._before = 0
 
         def gathering(folder: checkpoint.Folder) -> None:
@@ -264,6 +279,7 @@ class FSDP(Group):
         return tensor if self._gathered <= self._before else tensor.full_tensor()
 
     def whole(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Sharded tensors as DTensors, put together when it is their turn to be written."""
         from torch.distributed.tensor import DTensor
 
         made = {}
@@ -276,15 +292,17 @@ class FSDP(Group):
         return made
 
     def part(self, name: str, tensor: Tensor) -> Tensor:
+        """This rank's rows."""
         if tensor.shape != self._sharded[name].shape:
             return tensor  # a counter, or of another model
         pieces = tensor.chunk(self.world)
         return pieces[self.rank] if self.rank < len(pieces) else tensor[:0]
 
     def plain(self, model: Any) -> Any:
+        """A copy with the whole parameters, on the CPU."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        state: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if not self.main:
             return None
         return copy.deepcopy(self._empty, {id(p): nn.Parameter(state[name]) for name, p in self._empty.named_parameters()})
@@ -335,7 +353,9 @@ def start(config: TrainConfig) -> Parallel:
             raise Error(f"--nproc-per-node is more than {local}; this machine has {gpus} GPUs")
         torch.cuda.set_device(local)
     if not dist.is_initialized():
-        _store, rank, world = next(dist.rendezvous("env://"))
+        _store, rank, world = next(rendezvous("env://"))
+        # after a restart torchrun's store still holds what the dead processes said
+        _store = dist.PrefixStore(f"gptfast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", _store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=_store, rank=rank, world_size=world)
     engine = {"ddp": DDP, "fsdp": FSDP}[config.parallel]
     return engine(torch.device("cuda" if on_gpu else "cpu"), _store)

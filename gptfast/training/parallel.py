@@ -30,7 +30,7 @@ class Parallel:
     casts = False  # whether the engine itself makes the working copies of the parameters
 
     def __init__(self) -> None:
-        self.parameters: dict[str, Tensor] = {}  # what the optimizer and a checkpoint have, by the model's names
+        self.parameters: dict[str, Any] = {}  # what the optimizer and a checkpoint have, by the model's names
         self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
     @property

@@ -68,7 +68,7 @@ class Report:
         self.record(event, **facts)
 
     def record(self, event: str, **values: Any) -> None:
-        """A record of log.jsonl; a log that cannot be written is said once. Processes after the first record their samples alone."""
+        """A record of log.jsonl; a log that cannot be written is said once. Ranks after the first record samples alone."""
         if self.rank and event != "samples":
             return
         problem = self.log.write(event, step=self.progress.step, **values)

@@ -6,6 +6,7 @@ scenario is a real torchrun.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -63,11 +64,11 @@ def trainer(out: Path | str, steps: int = STEPS, dropout: float = 0.0, width: in
     return Trainer(model, Ragged(), torch.arange(400) % 61, config, quiet=True)
 
 
-# ------------------------------------------------------------------------------------------------- in a process that forks the ranks
+# ------------------------------------------------------------------------------------------------ in a process that forks the ranks
 
 
 def ranks(folder: Path, world: int, work: Callable[[], None]) -> list[int]:
-    """work() in each of `world` processes, with torchrun's variables; their exit codes. What they print is in folder/rank.<number>."""
+    """work() in each of `world` processes, with torchrun's variables; their exit codes. What one prints is in folder/rank.N."""
     import torch.distributed as dist
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -222,11 +223,8 @@ def memory(root: Path) -> None:
 
 def main(root: Path) -> None:
     torch.set_num_threads(1)
-    import torch._dynamo
-    import torch.distributed.checkpoint.state_dict
-    import torch.distributed.fsdp
-    import torch.distributed.tensor  # noqa: F401 - imported once here, not in every rank
-
+    for heavy in ("torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch.distributed.tensor"):
+        importlib.import_module(heavy)  # once here, not in every rank
     trainer("", steps=1).fit()  # PyTorch imports much at the first optimizer
     seconds = {}
     for scenario in (curves, once, halves, stops, command, memory):
@@ -242,9 +240,10 @@ def main(root: Path) -> None:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_distributed as t; t.main(t.Path(sys.argv[1]))"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import test_distributed as t; t.main(t.Path(sys.argv[2]))"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=300, env=environment)
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert result.returncode == 0, result.stderr
     print(result.stdout)
     return folder
@@ -326,8 +325,8 @@ def test_bf16_has_the_curve_of_one_process_in_bf16(root: Path, name: str) -> Non
 
 def test_dropout_is_the_same_after_a_stop(root: Path) -> None:
     for file in ("model", "optimizer"):
-        tensors = (checkpoint.read_tensors(root / f"{name}/run/checkpoints/step_000000006/{file}.safetensors") for name in ("whole", "stopped"))
-        one, other = tensors
+        paths = [root / name / f"run/checkpoints/step_000000006/{file}.safetensors" for name in ("whole", "stopped")]
+        one, other = map(checkpoint.read_tensors, paths)
         assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
@@ -345,7 +344,8 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(root: Path, eng
 
 
 def test_the_failure_of_one_rank_is_said_once_and_ends_all(root: Path) -> None:
-    assert printed(root / "error", 1) == "gptfast: error: rank 1: row 44 of the data is broken\n" and printed(root / "error", 0) == ""
+    assert printed(root / "error", 1) == "gptfast: error: rank 1: row 44 of the data is broken\n"
+    assert printed(root / "error", 0) == ""
     assert "rank 0: another process of this run ended without a word" in printed(root / "death", 0)
 
 
