@@ -23,7 +23,7 @@ PIP = $(VENV)/bin/python -m pip install -q --disable-pip-version-check -c .ci/co
 SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint build aot asan mutate campaigns bench clean
+.PHONY: help demo test lint build aot asan mutate crash campaigns bench clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,7 +49,10 @@ asan: $(TEST_READY)  ## the C++ op suite under Address- and UndefinedBehaviorSan
 mutate: $(TEST_READY)  ## does each op's test notice 12 one-place changes of its C++ kernel (3 min a kernel; ARGS="--file F --count 3")
 	$(PY) tests/mutate.py $(ARGS)
 
-campaigns: aot asan mutate  ## all long proofs, one after the other (1.5-2 h); counts go to tests/campaigns.json
+crash: $(TEST_READY)  ## 200 runs, each killed at a system call of a save and resumed, end with the same bits (5-20 min)
+	$(PY) tests/crash.py $(ARGS)
+
+campaigns: aot asan mutate crash  ## all long proofs, one after the other (1.5-2 h); counts go to tests/campaigns.json
 
 bench: $(TEST_READY)  ## GPT-2's training step beside PyTorch and nanoGPT (20-40 min; ARGS="-k char --nanogpt PATH" and bench/README.md)
 	$(PY) -m pytest bench/bench_train.py $(ARGS)

@@ -84,7 +84,7 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; `numbers` stays on the CPU."""
         moved = [None if t is None else t.to(device, non_blocking=True) for t in self.inputs]
-        return Batch(*moved, self.numbers)  # type: ignore[arg-type, misc]
+        return Batch(*moved, self.numbers)  # type: ignore[arg-type, call-arg, misc]
 
 
 @runtime_checkable

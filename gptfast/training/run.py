@@ -16,7 +16,8 @@ from gptfast.errors import Error, LoadError
 from gptfast.model import GPT2LMHeadModel
 from gptfast.tokenizer import GPT2Tokenizer
 from gptfast.training import log
-from gptfast.training.trainer import Trainer, check_out, resolve_device
+from gptfast.training.state import check_out
+from gptfast.training.trainer import Trainer, resolve_device
 
 
 def train(

@@ -1,10 +1,10 @@
 """The one step function: forward and backward over the microbatches, gradient norm, clipping, update. Nothing in it waits for the
 device; speed comes from the ops below it.
 
-Parameters, gradients and optimizer state are fp32. In bf16 and fp16 the model computes with a working copy that the optimizer writes
-beside the parameters; the copy enters the graph through one autograd.Function whose backward hands fp32 gradients to the parameters.
-Each use of a tied matrix enters on its own, so that the gradients of head and embedding are added in fp32 too. In fp16 the loss is
-scaled before the backward pass. On a CPU the large tensors of a step come from memory that is kept for the next one.
+Parameters, gradients and optimizer state are fp32. In bf16 and fp16 the model computes with a working copy that the optimizer
+writes beside the parameters; the copy enters the graph through one autograd.Function whose backward hands fp32 gradients to the
+parameters. Each use of a tied matrix enters on its own, so that the gradients of head and embedding are added in fp32 too. In fp16
+the loss is scaled before the backward pass. On a CPU the large tensors of a step come from memory that is kept for the next one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Sums(NamedTuple):
     numbers of the samples, if all microbatches have them."""
 
     loss: Tensor
-    count: Tensor
+    targets: Tensor
     numbers: Tensor | None
 
 
@@ -105,7 +105,7 @@ class Step:
         self.copies = None if dtype == torch.float32 else [p.detach().to(dtype) for p in self.params]
         self._dtype = dtype
         self.loss_scale = LossScale(device) if dtype == torch.float16 else None
-        self._compiled = torch.compile(model.loss_sum) if compile else None  # type: ignore[call-overload]
+        self._compiled = torch.compile(model.loss_sum) if compile else None  # type: ignore[call-overload, arg-type]
         self._entered = False
         optimizer.reserve()
         self._groups, self._frozen = self._sites()
@@ -195,7 +195,7 @@ class Step:
     def apply(self, sums: Sums, lr: float) -> StepResult:
         """The update from what gradients() left."""
         with self._memory:
-            mean = sums.count.clamp(min=1).float().reciprocal()
+            mean = sums.targets.clamp(min=1).float().reciprocal()
             norm, finite = ops.grad_norm([p.grad for p in self.params if p.grad is not None])
             factor = mean if self.loss_scale is None else mean / self.loss_scale.scale
             norm = norm * factor
