@@ -40,8 +40,9 @@ def patch(model: Any, logits: bool = True) -> Report:
         raise Error("patch: the model is patched already; unpatch(model) first")
     if not logits and type(model) is not gpt2.GPT2LMHeadModel:
         raise Error(f"patch: logits=False is for GPT2LMHeadModel, whose loss needs none; this is a {type(model).__name__}")
-    report = Report()
-    fused = _classes()
+    report, fused = Report(), _classes()
+    if type(model) is gpt2.GPT2LMHeadModel and model.loss_function is _default_loss():
+        vars(model)["_loss_function"] = functools.partial(_gpt2.causal_loss, report)
     for name, module in model.named_modules():
         if type(module) not in fused or (module is model and logits):
             continue
@@ -50,9 +51,8 @@ def patch(model: Any, logits: bool = True) -> Report:
             continue
         if type(module) is gpt2.GPT2Attention and module.is_cross_attention:
             continue
-        _enter(module, fused[type(module)], report)
-    if type(model) is gpt2.GPT2LMHeadModel and model.loss_function is _default_loss():
-        vars(model)["_loss_function"] = functools.partial(_gpt2.causal_loss, report)
+        module.__class__ = fused[type(module)]
+        vars(module)["_gptfast"] = report
     return report
 
 
@@ -72,11 +72,6 @@ def unpatch(model: Any) -> None:
     loss = vars(model).get("_loss_function")
     if isinstance(loss, functools.partial) and loss.func is _gpt2.causal_loss:
         del model._loss_function
-
-
-def _enter(module: nn.Module, fused: type, report: Report) -> None:
-    module.__class__ = fused
-    vars(module)["_gptfast"] = report
 
 
 def _modelling() -> Any:
