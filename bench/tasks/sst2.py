@@ -2,12 +2,12 @@
 
     python bench/tasks/sst2.py --out runs/sst2 [--seeds 3] [--quick]
 
-Needs GPTFAST_DATA with sst2/train.tsv, sst2/dev.tsv and wikitext2-valid.txt. Sentences of the development set are taken out of the
-text for pre-training and out of the training examples, so that none is in any shard. For each seed: a model is pre-trained;
-learning rate and dropout are chosen once, with the first seed, by the accuracy on a tenth of train, the epoch on each seed's own tenth; the
-development set is read once. Beside it the same model from random weights, its settings chosen in the same way, and scikit-learn's
-logistic regression on bags of one and two words. Prints a table and writes OUT/sst2.json. Each step is kept: the same command goes
-on where it was stopped. --quick: a model and times far too small for the accuracy to mean anything.
+Needs GPTFAST_DATA with sst2/train.tsv, sst2/dev.tsv and wikitext2-valid.txt. Sentences of the development set are taken out of
+the text for pre-training and out of the training examples, so that none is in any shard. For each seed: a model is pre-trained;
+learning rate and dropout are chosen once, with the first seed, by the accuracy on a tenth of train, the epoch on each seed's own
+tenth; the development set is read once. Beside it the same model from random weights, its settings chosen in the same way, and
+scikit-learn's logistic regression on bags of one and two words. Prints a table and writes OUT/sst2.json. Each step is kept: the
+same command goes on where it was stopped. --quick: a model and times far too small for the accuracy to mean anything.
 """
 
 from __future__ import annotations
