@@ -137,8 +137,9 @@ class Classification(Task):
         return {"examples": len(examples), **report(labels, logits, self.temperature)}
 
     def validate(self, model: Any, tokenizer: GPT2Tokenizer, examples: Sequence[Labelled]) -> dict[str, float]:
-        """accuracy."""
-        return {"accuracy": self.measure(model, tokenizer, examples)["accuracy"]}
+        """accuracy, loss (nats)."""
+        found = self.measure(model, tokenizer, examples)
+        return {"accuracy": found["accuracy"], "loss": found["loss"]}
 
     def calibrate(self, model: Any, tokenizer: GPT2Tokenizer, examples: Sequence[Labelled]) -> Self:
         """Fits the temperature (Guo et al. 2017) on the examples held out of training."""

@@ -46,10 +46,14 @@ class Tuner(Trainer):
         self.task, self.held_out, self.options, self.adapters = task, held_out, options, adapters
 
     def _measure(self, model: Any) -> dict[str, float]:
-        """The task's metrics on the held-out examples; "score" is the one that decides which evaluation is best."""
+        """The task's metrics on the held-out examples; "score" is the one that decides which evaluation is best, of equal ones that
+        with the lower loss."""
         metrics = self.task.validate(model, self.tokenizer, self.held_out)
         key, way = self.task.chosen_by
-        return {**metrics, "score": metrics[key] if way == "highest" else -metrics[key]} if key in metrics else metrics
+        if key not in metrics:
+            return metrics
+        score = metrics[key] if way == "highest" else -metrics[key]
+        return {**metrics, "score": score - 1e-6 * min(metrics.get("loss", 0.0), 100.0)}
 
     def _open(self, resume: bool) -> Progress:
         progress, out = super()._open(resume), Path(self.config.out)
