@@ -329,8 +329,9 @@ class _Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return {"input_ids": row, "labels": row}
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2}])
-@pytest.mark.parametrize("logits", [True, False])
+@pytest.mark.parametrize(
+    ("options", "logits"), [({}, True), ({"gradient_checkpointing": True}, True), ({"gradient_accumulation_steps": 2}, False)]
+)
 def test_the_curve_of_transformers_trainer(options: dict[str, Any], logits: bool, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate, which is not installed")
     curves = []
