@@ -1,7 +1,7 @@
 """patch(): transformers' own GPT-2 with gptfast's ops in it, beside the same model without, in turn in one run.
 
-    pytest bench/bench_integrations.py -k train -s       a training step of the 124M shape in transformers' loop, B=4 T=256, bf16 autocast
-    pytest bench/bench_integrations.py -k generate -s    generate: 64 tokens of prompt, 32 new ones, greedy, fp32 and bf16 weights
+    pytest bench/bench_integrations.py -k train -s       a training step, 124M, B=4 T=256, bf16 autocast
+    pytest bench/bench_integrations.py -k generate -s    generate: 64 tokens of prompt, 32 new ones, greedy, fp32 and bf16
 
 The loop is that of transformers' Trainer on one device: forward under autocast, backward, clip_grad_norm_, torch's fused AdamW,
 zero_grad. Both models start from the same random weights; `dropout` is GPT-2's default of 0.1 and 0. Nothing is timed before both

@@ -1,4 +1,4 @@
-"""patch(): the unpatched model's logits, loss, gradients, tokens and training curve, for every flag of its config; and the way back."""
+"""patch(): the unpatched model's logits, loss, gradients, tokens and training curve, with every flag; and the way back."""
 
 from __future__ import annotations
 
@@ -212,7 +212,8 @@ def test_past_key_values(padding: str, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("how", [
-    {"do_sample": False}, {"do_sample": False, "num_beams": 3}, {"do_sample": True, "top_k": 20}, {"do_sample": False, "left": True},
+    {"do_sample": False}, {"do_sample": False, "num_beams": 3}, {"do_sample": True, "top_k": 20},
+    {"do_sample": False, "left": True},
     {"do_sample": False, "cache_implementation": "static"}, {"do_sample": False, "use_cache": False},
 ])  # fmt: skip
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -317,7 +318,7 @@ def test_dropout_is_where_transformers_has_it(cache: bool) -> None:
         assert torch.equal(fused(ids).logits, fused(ids).logits)
 
 
-# ------------------------------------------------------------------------------------------------------------ training, the way back
+# ----------------------------------------------------------------------------------------------------------- training, the way back
 
 
 class _Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]

@@ -24,7 +24,9 @@ from gptfast.tasks.task import IGNORED
 from gptfast.tasks.translation import Pair, Translation, scores
 from gptfast.tokenizer import GPT2Tokenizer
 
-WORDS = dict(zip("eins zwei drei vier rot blau haus baum".split(), "one two three four red blue house tree".split(), strict=True))
+WORDS = {
+    "eins": "one", "zwei": "two", "drei": "three", "vier": "four", "rot": "red", "blau": "blue", "haus": "house", "baum": "tree",
+}  # fmt: skip
 
 
 def pairs(count: int, seed: int) -> list[tuple[str, str]]:
@@ -67,7 +69,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     task = Translation()
     for name, text in (("a", "x\ny\n"), ("b", "1\n"), ("c", "1\n\n"), ("d.tsv", "x\ty\nz\t \n")):
         (tmp_path / name).write_text(text)
-    with pytest.raises(LoadError, match=r"a has 2 lines, .*b 1; parallel ones are needed"):
+    with pytest.raises(LoadError, match=r"a has 2 lines, .*b 1; equally many are needed"):
         task.read(f"{tmp_path}/a,{tmp_path}/b")
     with pytest.raises(LoadError, match="line 2: target is empty"):
         task.read(f"{tmp_path}/a,{tmp_path}/c")
@@ -98,7 +100,8 @@ def test_the_loss_is_on_the_target_and_its_end(untrained: Path) -> None:
 def test_bleu_and_chrf_are_sacrebleus_command(tmp_path: Path) -> None:
     pytest.importorskip("sacrebleu", reason="sacrebleu is not installed")
     draw = random.Random(0)
-    references = [" ".join(draw.choices("the a dog, cat runs . over under two men".split(), k=12)) for _ in range(50)]
+    words = ["the", "a", "dog,", "cat", "runs", ".", "over", "under", "two", "men"]
+    references = [" ".join(draw.choices(words, k=12)) for _ in range(50)]
     texts = [" ".join(word for word in line.split() if draw.random() < 0.8) for line in references]
     for name, lines in (("ref", references), ("sys", texts)):
         (tmp_path / name).write_text("\n".join(lines) + "\n")
@@ -117,18 +120,18 @@ def test_without_sacrebleu_one_line_says_what_to_install(monkeypatch: pytest.Mon
         Translation().prepare([])
 
 
-def test_a_reversed_language_is_learned_and_beams_are_those_of_generate(untrained: Path, tmp_path: Path, run: Any) -> None:
+def test_a_language_is_learned_and_beams_are_those_of_generate(untrained: Path, tmp_path: Path, run: Any) -> None:
     pytest.importorskip("sacrebleu", reason="sacrebleu is not installed")
-    for name, count, seed in (("train.tsv", 800, 1), ("val.tsv", 60, 2)):
+    for name, count, seed in (("train.tsv", 480, 1), ("val.tsv", 30, 2)):
         (tmp_path / name).write_text("".join(f"{source}\t{target}\n" for source, target in pairs(count, seed)))
     out = tmp_path / "run"
     config = TrainConfig(
         str(tmp_path / "train.tsv"), str(out), str(untrained), lr=4e-3, batch=32, save_every=0, device="cpu", threads=1
     )
-    result = finetune("translation", config, FinetuneConfig(epochs=8, val_data=str(tmp_path / "val.tsv")), quiet=True)
+    result = finetune("translation", config, FinetuneConfig(epochs=5, val_data=str(tmp_path / "val.tsv")), quiet=True)
     assert result["best"]["bleu"] > 80 and recorded(out) == Translation()
     measured = evaluate(out, tmp_path / "val.tsv", device="cpu")
-    assert measured["bleu"] > 80 and measured["beams"] == 4 and measured["pairs"] == 60 and "chrf_signature" in measured
+    assert measured["bleu"] > 80 and measured["beams"] == 4 and measured["pairs"] == 30 and "chrf_signature" in measured
     code, text, _ = run("predict", out, "zwei blau", "eins", "--beams", 1)
     assert code == 0 and text.splitlines()[1] == "one"
     model, tokenizer = GPT2LMHeadModel.from_pretrained(out), GPT2Tokenizer.from_pretrained(out)
