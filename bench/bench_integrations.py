@@ -1,7 +1,7 @@
 """patch(): transformers' own GPT-2 with gptfast's ops in it, beside the same model without, in turn in one run.
 
-    pytest bench/bench_integrations.py -k train -s       a training step of the 124M shape in transformers' loop, B=4 T=256, bf16 autocast
-    pytest bench/bench_integrations.py -k generate -s    generate: 64 tokens of prompt, 32 new ones, greedy, fp32 and bf16 weights
+    pytest bench/bench_integrations.py -k train -s       a training step, 124M, B=4 T=256, bf16 autocast
+    pytest bench/bench_integrations.py -k generate -s    generate: 64 tokens of prompt, 32 new ones, greedy, fp32 and bf16
 
 The loop is that of transformers' Trainer on one device: forward under autocast, backward, clip_grad_norm_, torch's fused AdamW,
 zero_grad. Both models start from the same random weights; `dropout` is GPT-2's default of 0.1 and 0. Nothing is timed before both
@@ -56,17 +56,37 @@ class Step:
         return float(loss.detach())
 
 
-def steps(dropout: float) -> dict[str, Step]:
-    return {"transformers": Step(dropout, None), "patched": Step(dropout, True), "patched, no logits": Step(dropout, False)}
+LOGITS = {"transformers": None, "patched": True, "patched, no logits": False}
+
+
+def save(
+    name: str, timings: dict[str, bench.Timing], reports: dict[str, Any], dtype: torch.dtype, flops: float | None
+) -> dict[str, dict[str, Any]]:
+    """Rows by candidate, written to the results with the ops that ran; refuses a patched model that called none."""
+    limits = bench.ceilings("cpu", [dtype])
+    shape, ceiling = (BATCH, LENGTH, LAYERS, WIDTH, VOCAB), f"gemm_{str(dtype).removeprefix('torch.')}"
+    rows = {}
+    for candidate, timing in timings.items():
+        row = bench.row(name.split()[1], shape, dtype, "both", candidate, timing, limits, flops=flops, ceiling=ceiling)
+        ratio = timings["transformers"].median / timing.median
+        rows[candidate] = {**row, "vs_transformers": round(ratio, 3)}
+        if reports[candidate] is not None:
+            assert sum(reports[candidate].calls.values()) > 0, f"{candidate} called no op"
+            rows[candidate]["ops"] = str(reports[candidate]).splitlines()
+        print(f"{name}: {candidate} {timing.median * 1e3:.1f} ms, {ratio:.2f}x (spread {timing.spread:.2f})")
+    bench.write(name, list(rows.values()), limits, {**bench.machine(), "command": " ".join(["pytest", *sys.argv[1:]])})
+    return {candidate: {**row, "timing": timings[candidate]} for candidate, row in rows.items()}
 
 
 @cache
 def trained(dropout: float, rounds: int) -> dict[str, dict[str, Any]]:
-    with bench_agreement():
-        first = {name: [step() for _ in range(2)] for name, step in steps(0.0).items()}
-    for name, losses in first.items():
-        assert losses == pytest.approx(first["transformers"], abs=1e-2), name
-    tasks: dict[str, Any] = dict(steps(dropout))
+    first = []
+    for logits in LOGITS.values():
+        step = Step(0.0, logits)
+        first.append([step() for _ in range(2)])
+        del step
+    assert all(losses == pytest.approx(first[0], abs=1e-2) for losses in first), first
+    tasks = {name: Step(dropout, logits) for name, logits in LOGITS.items()}
     timings = bench.interleave(tasks, rounds=rounds, seconds=0.0, keep_memory=False)
     return save(f"integrations train dropout {dropout}", timings, {n: t.report for n, t in tasks.items()}, torch.bfloat16, FLOPS)
 
@@ -85,3 +105,24 @@ def generated(form: str, rounds: int) -> dict[str, dict[str, Any]]:
         assert torch.equal(*(run() for run in tasks.values()))
     timings = bench.interleave(tasks, rounds=rounds, seconds=0.0, keep_memory=False)
     return save(f"integrations generate {form}", timings, {"transformers": None, "patched": report}, DTYPES[form], None)
+
+
+@pytest.fixture
+def rounds(request: pytest.FixtureRequest) -> int:
+    return int(request.config.option.rounds)
+
+
+@pytest.mark.parametrize("candidate", LOGITS)
+@pytest.mark.parametrize("dropout", [0.1, 0.0])
+@pytest.mark.benchmark(timer=replay)
+def test_train(benchmark: Any, rounds: int, dropout: float, candidate: str) -> None:
+    row = trained(dropout, rounds)[candidate]
+    replay.show(benchmark, row["timing"], vs_transformers=row["vs_transformers"])
+
+
+@pytest.mark.parametrize("candidate", ["transformers", "patched"])
+@pytest.mark.parametrize("form", DTYPES)
+@pytest.mark.benchmark(timer=replay)
+def test_generate(benchmark: Any, rounds: int, form: str, candidate: str) -> None:
+    row = generated(form, rounds)[candidate]
+    replay.show(benchmark, row["timing"], vs_transformers=row["vs_transformers"])

@@ -35,7 +35,7 @@ def patch(model: Any, logits: bool = True) -> Report:
     """
     gpt2 = _modelling()
     if not isinstance(model, gpt2.GPT2PreTrainedModel):
-        raise Error(f"patch: the model is a {type(model).__name__}; GPT-2 models of transformers can be patched, GPT2LMHeadModel say")
+        raise Error(f"patch: the model is a {type(model).__name__}; needed is a GPT-2 model of transformers")
     if any("_gptfast" in vars(module) for module in model.modules()):
         raise Error("patch: the model is patched already; unpatch(model) first")
     if not logits and type(model) is not gpt2.GPT2LMHeadModel:
@@ -110,7 +110,7 @@ def _classes() -> dict[type, type]:
         "_gptfast_output": CausalLMOutputWithCrossAttentions,
     }
     return {
-        base: type(base.__name__, (base,), {"forward": forward, "__doc__": base.__doc__, "__module__": base.__module__, "_gptfast_base": base, **shared})
+        base: type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__, "_gptfast_base": base, **shared})
         for base, forward in forwards.items()
     }
 

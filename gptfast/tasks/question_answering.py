@@ -78,7 +78,7 @@ class QuestionAnswering(Task):
         answer = tokenizer.encode(" " + example.answers[0].strip()) if example.answers else []
         prompt, kept = self._prompt(example, tokenizer, context - len(answer))
         if answer and example.answers[0].strip() in example.context and example.answers[0].strip() not in tokenizer.decode(kept):
-            raise Error(f"the question {example.id or shown(example.question)}: its answer is beyond the model's context of {context:,}")
+            raise Error(f"the question {example.id or shown(example.question)}: its answer is beyond the context of {context:,}")
         end = tokenizer.eos_token_id
         if end is None:
             raise Error("the tokenizer has no <|endoftext|>, which ends an answer")
@@ -104,12 +104,12 @@ class QuestionAnswering(Task):
         return texts(tokenizer, rows), confidence
 
     def answer(self, model: Any, tokenizer: GPT2Tokenizer, examples: Sequence[Question]) -> list[dict[str, Any]]:
-        """answer ("" where the model abstains), confidence, abstains, and with abstention what it would have said as "withheld"."""
+        """answer ("" where the model abstains), its probability, abstains, and where it abstains what it would have said, "withheld"."""
         found = zip(*self.confident(model, tokenizer, examples), examples, strict=True)
         made = []
         for text, confidence, example in found:
             quiet = confidence < self.threshold
-            said: dict[str, Any] = {"answer": "" if quiet else text, "confidence": confidence, "abstains": quiet}
+            said: dict[str, Any] = {"answer": "" if quiet else text, "probability": confidence, "abstains": quiet}
             said |= {"withheld": text} if quiet else {}
             made.append(said | ({"references": list(example.answers)} if example.answers else {}))
         return made

@@ -22,8 +22,8 @@ from gptfast.tasks.squad import Question
 
 SPLITS = ("train", "test")
 IMPOSSIBLE = 0.25
-ONSETS = "b br d dr f fl g gr h j k kl l m n p pr r s sk st t tr v w z".split()
-VOWELS = "a e i o u ai ei ou".split()
+ONSETS = [*"bdfghjklmnprstvwz", "br", "dr", "fl", "gr", "kl", "pr", "sk", "st", "tr"]
+VOWELS = ["a", "e", "i", "o", "u", "ai", "ei", "ou"]
 CODAS = ["", "", "", "l", "m", "n", "r", "s", "x"]
 TEST_SHARE = 0.2  # of the words
 

@@ -147,8 +147,8 @@ def abstention(silent: Sequence[bool], questions: Sequence[Question]) -> dict[st
 
 
 def best_threshold(confidence: Sequence[float], questions: Sequence[Question]) -> float:
-    """The threshold below which not answering has the largest F1; 0 where every question has an answer. Between two confidences that
-    are told apart it is their geometric mean."""
+    """The threshold below which not answering has the largest F1; 0 where every question has an answer. Between two confidences
+    that are told apart it is their geometric mean."""
     order = sorted(range(len(questions)), key=lambda number: confidence[number])
     impossible = sum(not question.answers for question in questions)
     best, found, caught = 0.0, 0.0, 0

@@ -41,7 +41,7 @@ class Translation(Task):
     chosen_by: ClassVar[tuple[str, str]] = ("bleu", "highest")
 
     beams: int = option(4, "beams of the search for a translation (1: greedy)", low=1, high=64)
-    length_penalty: float = option(1.0, "a hypothesis' log-probability is divided by its length to this power", low=-10.0, high=10.0)
+    length_penalty: float = option(1.0, "log-probabilities are divided by their length to this power", low=-10.0, high=10.0)
     answer_tokens: int = option(128, "longest translation in tokens", low=1)
 
     def read(self, path: str | Path, labelled: bool = True, skip_bad: bool = False) -> Examples[Pair]:
@@ -54,7 +54,8 @@ class Translation(Task):
             raise LoadError(f"data {path}: one file of pairs, or two parallel files FILE,FILE are needed")
         sources, targets = ([line.rstrip("\r\n") for line in text_lines(Path(file))] for file in files)
         if len(sources) != len(targets):
-            raise LoadError(f"data {path}: {files[0]} has {len(sources):,} lines, {files[1]} {len(targets):,}; parallel ones are needed")
+            counts = f"{files[0]} has {len(sources):,} lines, {files[1]} {len(targets):,}"
+            raise LoadError(f"data {path}: {counts}; equally many are needed")
         found = [
             Record(Path(path), number, {"source": source, "target": target})
             for number, (source, target) in enumerate(zip(sources, targets, strict=True), 1)
@@ -135,7 +136,7 @@ def _sacrebleu() -> Any:
     try:
         from sacrebleu import metrics
     except ImportError:
-        raise Error("the task translation is measured by sacrebleu, which is not installed: pip install 'gptfast-torch[translation]'") from None
+        raise Error("translation needs sacrebleu, which is not installed: pip install 'gptfast-torch[translation]'") from None
     return metrics
 
 

@@ -1,4 +1,4 @@
-"""patch(): the unpatched model's logits, loss, gradients, tokens and training curve, for every flag of its config; and the way back."""
+"""patch(): the unpatched model's logits, loss, gradients, tokens and training curve, with every flag; and the way back."""
 
 from __future__ import annotations
 
@@ -212,7 +212,8 @@ def test_past_key_values(padding: str, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("how", [
-    {"do_sample": False}, {"do_sample": False, "num_beams": 3}, {"do_sample": True, "top_k": 20}, {"do_sample": False, "left": True},
+    {"do_sample": False}, {"do_sample": False, "num_beams": 3}, {"do_sample": True, "top_k": 20},
+    {"do_sample": False, "left": True},
     {"do_sample": False, "cache_implementation": "static"}, {"do_sample": False, "use_cache": False},
 ])  # fmt: skip
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -317,7 +318,7 @@ def test_dropout_is_where_transformers_has_it(cache: bool) -> None:
         assert torch.equal(fused(ids).logits, fused(ids).logits)
 
 
-# ------------------------------------------------------------------------------------------------------------ training, the way back
+# ----------------------------------------------------------------------------------------------------------- training, the way back
 
 
 class _Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -329,8 +330,9 @@ class _Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return {"input_ids": row, "labels": row}
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2}])
-@pytest.mark.parametrize("logits", [True, False])
+@pytest.mark.parametrize(
+    ("options", "logits"), [({}, True), ({"gradient_checkpointing": True}, True), ({"gradient_accumulation_steps": 2}, False)]
+)
 def test_the_curve_of_transformers_trainer(options: dict[str, Any], logits: bool, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate, which is not installed")
     curves = []
