@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,7 @@ def test_keep_alive_and_pipelining(one) -> None:
 
 
 def test_every_error_is_its_exception(own) -> None:
-    live = own(limits={"max_queue": 1, "max_body": 2000, "deadline": 0.15}, api_keys=["right", "other"], key="right")
+    live = own(limits={"max_queue": 1, "max_body": 2000, "deadline": 0.5}, api_keys=["right", "other"], key="right")
     ask = live.client.completions.create
     with pytest.raises(openai.BadRequestError) as error:
         ask(**{**GOOD, "n": -1})
@@ -166,9 +167,10 @@ def test_every_error_is_its_exception(own) -> None:
     live.steps.hold()
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(ask, **GOOD)
+        while not live.service.answers:
+            time.sleep(0.001)
         with pytest.raises(openai.RateLimitError) as error:
-            while True:  # until the first one is in the queue
-                ask(**GOOD)
+            ask(**GOOD)
         assert error.value.response.headers["retry-after"] == "1" and error.value.response.headers["retry-after-ms"] == "1000"
         with pytest.raises(openai.InternalServerError) as late:
             waiting.result()
