@@ -2,11 +2,10 @@
 
     python -P tests/fuzz_server.py --count 10000 --seed 0
 
-A server of its own, with a small model. Two thirds of the requests follow the document, one third breaks it in a place. Every answer
-comes within seconds and is no 5xx; one that the document describes has the form that it describes, and one that refuses has OpenAI's
-form. Two things that the document cannot say would have most of them refused: what the keys of logit_bias are, and that suffix is
-not supported; half of the requests that follow the document are mended there. At least a fifth of all must be answered 200. Afterwards
-the server is at rest. Ends with 1 where anything is not so, with the request as a curl command. Results: tests/campaigns.json.
+A server of its own, with a small model. Two thirds of the requests follow the document, one third breaks it in a place. Every
+answer comes within seconds, is no 5xx and has the form that the document describes; a refusal has OpenAI's. Two things that the
+document cannot say would have most of them refused: what the keys of logit_bias are, and that suffix is not supported; half of the
+requests that follow the document are mended there. At least a fifth of all must be answered 200. Afterwards the server is at rest. Ends with 1 where anything is not so, with the request as a curl command. Results: tests/campaigns.json.
 """
 
 from __future__ import annotations
@@ -134,7 +133,8 @@ def fuzz(count: int, seed: int) -> dict[str, Any]:
     answered = counts["positive 200"] + counts["negative 200"]
     assert total >= count, f"{total} requests of {count}"
     assert answered >= LEAST * total, f"{answered} of {total} requests were answered 200: {json.dumps(counts)}"
-    return {"seed": seed, "requests": total, "answered": answered, "slowest_s": round(campaign.slowest, 2), **dict(sorted(counts.items()))}
+    facts = {"requests": total, "answered": answered, "slowest_s": round(campaign.slowest, 2)}
+    return {"seed": seed, **facts, **dict(sorted(counts.items()))}
 
 
 def main(words: list[str]) -> int:

@@ -5,8 +5,8 @@
 
     serve.run(application("runs/small", dtype="int8", replicas=4, threads=2))
 
-Each replica opens the model by itself, so MODEL is a path that every machine has, or a hub id. A text depends on the request and its
-seed alone: any replica gives the same answer.
+Each replica opens the model by itself: it is a path that every machine has, or a hub id. A text depends on the request and its seed
+alone, so any replica gives the same answer.
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ def write_tasks(folder: Path, found: dict[str, list[dict[str, Any]]]) -> None:
 def run(program: str, folder: Path, label: str, model: str, arguments: str, batch: int) -> dict[str, list[float]]:
     """Task -> log P of every request, in the order of documents and continuations; prints lm-eval's table."""
     out = folder / label
-    command = [program, "--model", model, "--model_args", arguments, "--tasks", ",".join(TASKS), "--include_path", str(folder)]
+    command = [program, "--model", model, "--model_args", arguments]
+    command += ["--tasks", ",".join(TASKS), "--include_path", str(folder)]
     command += ["--batch_size", str(batch), "--log_samples", "--output_path", str(out)]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "cache"), "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True)
@@ -111,14 +112,15 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -P tests/oracles/run_lm_eval.py", description="lm-eval against the server.")
     parser.add_argument("model", type=Path, help="a Hugging Face folder")
     parser.add_argument("--lm-eval", required=True, metavar="PATH", help="the program lm_eval of an environment of its own")
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("GPTFAST_DATA", "")), help="data sets (default: GPTFAST_DATA)")
+    place = Path(os.environ.get("GPTFAST_DATA", ""))
+    parser.add_argument("--data", type=Path, default=place, help="data sets (default: GPTFAST_DATA)")
     parser.add_argument("--limit", type=int, default=100, help="documents a task (default: 100)")
     options = parser.parse_args(words)
     with tempfile.TemporaryDirectory(prefix="gptfast-lm-eval-") as name, LiveServer(options.model) as server:
         folder, found = Path(name), documents(options.data, options.limit)
         write_tasks(folder, found)
         context = json.loads((options.model / "config.json").read_text())["n_positions"]
-        arguments = f"model={options.model.name},base_url={server.url}/v1/completions,tokenizer_backend=remote,tokenized_requests=True"
+        arguments = f"model={options.model.name},base_url={server.url}/v1/completions,tokenizer_backend=remote"
         served = run(options.lm_eval, folder, "served", "local-completions", f"{arguments},max_length={context}", 8)
         theirs = run(options.lm_eval, folder, "hf", "hf", f"pretrained={options.model},dtype=float32,max_length={context - 1}", 1)
         own = in_process(options.model, found)

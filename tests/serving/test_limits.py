@@ -91,7 +91,7 @@ def test_a_body_of_the_limit_and_one_beyond(one) -> None:
 
     assert one.ask("/v1/completions", body(4 << 20))[0] == 200
     assert error_of(one.ask("/v1/completions", body((4 << 20) + 1))) == (413, None, "body_too_large")
-    assert error_of(one.ask("/tokenize", body((8 << 20))))[0] == 413
+    assert error_of(one.ask("/tokenize", body(8 << 20)))[0] == 413
 
 
 def test_a_million_times_one_letter(one) -> None:
