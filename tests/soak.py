@@ -5,8 +5,8 @@
 A server of its own, with a small model. At random times, on average `rate` a second, a client connects, asks for something
 (streamed or not, one or several prompts and answers, scores) and goes away: before the body is sent, while it waits, in the middle
 of the stream, with a reset or in good order, or when it has the whole answer. A quarter as long is warm-up; what the server then
-holds when it rests is the baseline. At the end, at rest: no answer in the making, pages, open files and threads at the baseline, memory within
-16 MiB of it; and one request's text is the same before, during and after. Ends with 1 where anything is not. Results:
+holds when it rests is the baseline. At the end, at rest: no answer in the making, pages, open files and threads at the baseline,
+memory within 16 MiB of it; and one request's text is the same before, during and after. Ends with 1 where anything is not. Results:
 tests/campaigns.json.
 """
 

@@ -60,7 +60,7 @@ def run(program: str, folder: Path, label: str, model: str, arguments: str, batc
     command = [program, "--model", model, "--model_args", arguments]
     command += ["--tasks", ",".join(TASKS), "--include_path", str(folder)]
     command += ["--batch_size", str(batch), "--log_samples", "--output_path", str(out)]
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "cache"), "TOKENIZERS_PARALLELISM": "false"}
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "cache")}
     done = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"lm-eval with {model} ended with {done.returncode}:\n{done.stderr[-3000:]}")
