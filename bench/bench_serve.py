@@ -1,4 +1,4 @@
-"""The server on the CPU: what HTTP costs over the bare engine, alone and with 32 clients, beside llama.cpp's and transformers' servers.
+"""The server on the CPU: what HTTP costs over the engine, for one client and for 32, beside llama.cpp's and transformers' servers.
 
     python bench/peers/make_models.py MODELS                                  once: random GPT-2 124M in everybody's form
     pytest bench/bench_serve.py --models MODELS -s                            both tables and the goals
@@ -258,7 +258,8 @@ class Table:
     def __str__(self) -> str:
         columns = ("tokens_per_s", "of_engine", "overhead_us", "first_token_p50_ms", "first_token_p99_ms", "between_p50_ms",
                    "between_p99_ms", "client_cpu", "spread")  # fmt: skip
-        titles = ("tokens/s", "of engine", "us above", "first p50", "first p99", "between p50", "between p99", "client CPU", "spread")
+        titles = ("tokens/s", "of engine", "us above", "first p50", "first p99", "between p50", "between p99", "client CPU",
+                  "spread")  # fmt: skip
         lines = [f"{self.clients} client(s), prompt {PROMPT}, {NEW[self.clients]} tokens; milliseconds unless said otherwise"]
         lines.append(f"  {'':22} " + " ".join(f"{title:>11}" for title in titles))
         for row in self.rows:

@@ -2,11 +2,11 @@
 
     python -P tests/soak.py --seconds 600 --rate 50 --seed 0
 
-A server of its own, with a small model. At random times, on average `rate` a second, a client connects, asks for something (streamed
-or not, one or several prompts and answers, scores) and goes away: before the body is sent, while it waits, in the middle of the
-stream, with a reset or in good order, or when it has the whole answer. A quarter as long is warm-up; what the server then holds when
-it rests is the baseline. At the end, at rest: no answer in the making, pages, open files and threads at the baseline, memory within
-16 MiB of it; and one request's text is the same before, during and after. Ends with 1 where anything is not. Results:
+A server of its own, with a small model. At random times, on average `rate` a second, a client connects, asks for something
+(streamed or not, one or several prompts and answers, scores) and goes away: before the body is sent, while it waits, in the middle
+of the stream, with a reset or in good order, or when it has the whole answer. A quarter as long is warm-up; what the server then
+holds when it rests is the baseline. At the end, at rest: no answer in the making, pages, open files and threads at the baseline,
+memory within 16 MiB of it; and one request's text is the same before, during and after. Ends with 1 where anything is not. Results:
 tests/campaigns.json.
 """
 
@@ -191,7 +191,8 @@ def main(words: list[str]) -> int:
         return 1
     print("soak: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
     command = f"python -P tests/soak.py --seconds {options.seconds:g} --rate {options.rate:g} --seed {options.seed}"
-    sources = [path.relative_to(ROOT).as_posix() for part in ("serving", "generation") for path in (ROOT / "gptfast" / part).glob("*.py")]
+    files = [path for part in ("serving", "generation") for path in (ROOT / "gptfast" / part).glob("*.py")]
+    sources = [path.relative_to(ROOT).as_posix() for path in files]
     campaigns.write("soak", {"command": command, **facts}, sources, options.output)
     return 0
 

@@ -150,16 +150,12 @@ class CompletionCall(Call):
 
     def choice(self, prompt: int, place: int, answer: Completion, scores: Sequence[PromptScore]) -> dict[str, Any]:
         """With echo the prompt's text and log-probabilities stand before the answer's."""
-        ids, values, tops = list(answer.token_ids), [*answer.logprobs], [*tops_of(answer)]
-        text, before = answer.text, ""
-        if self.echo:
-            before = self.served.tokenizer.decode(self.prompts[prompt])
-            if scores:
-                first = _scored(scores[prompt])
-                ids, values, tops = [*first[0], *ids], [*first[1], *values], [*first[2], *tops]
+        before = self.served.tokenizer.decode(self.prompts[prompt]) if self.echo else ""
+        first = _scored(scores[prompt]) if scores else ([], [], [])
+        ids, values, tops = [*first[0], *answer.token_ids], [*first[1], *answer.logprobs], [*first[2], *tops_of(answer)]
         logprobs = Legacy(self.served.tokenizer).block(ids, values, tops) if self.logprobs is not None else None
         return {
-            "index": prompt * self.n + place, "text": before + text, "logprobs": logprobs, "finish_reason": answer.finish_reason,
+            "index": prompt * self.n + place, "text": before + answer.text, "logprobs": logprobs, "finish_reason": answer.finish_reason,
             "seed": answer.seed,
         }
 

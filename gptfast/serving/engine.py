@@ -90,7 +90,7 @@ class EngineThread(threading.Thread):
             self.metrics.failures.inc()
         for job in list(self.jobs):
             job.stopped = ApiError(500, "the engine failed; the request may be sent again", None, "engine_error")
-            for work in (*job.requests, *job.scores):
+            for work in job.work:
                 engine.cancel(work)
             self._dirty[job] = None
 
@@ -144,9 +144,9 @@ class EngineThread(threading.Thread):
     def cancel(self, job: Job) -> None:
         """Ends what is left of a job. From any thread."""
         engine = self.engine
-        left = [request for request in job.requests if not request.done], [score for score in job.scores if not score.done]
-        if engine is not None and any(left):
-            for work in (*left[0], *left[1]):
+        left = [work for work in job.work if not work.done]
+        if engine is not None and left:
+            for work in left:
                 engine.cancel(work)
             self._work.set()
 

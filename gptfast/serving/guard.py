@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -56,7 +55,7 @@ class Guard:
                 raise
             await send_error(ApiError(500, "the server failed; it has written down why", None, "internal_error"), send)
 
-    def _admit(self, scope: dict[str, Any]) -> None:
+    def _admit(self, scope: Scope) -> None:
         headers = scope["headers"]
         size = len(scope.get("raw_path", b"")) + len(scope["query_string"]) + sum(len(name) + len(value) for name, value in headers)
         if size > self.service.limits.max_header:

@@ -76,6 +76,11 @@ class Job:
     # ------------------------------------------------------------------------------------------------------------ the event loop
 
     @property
+    def work(self) -> list[Request | PromptScore]:
+        """All that the engine has of it."""
+        return [*self.requests, *self.scores]
+
+    @property
     def done(self) -> bool:
         """Whether every answer has ended."""
         return all(request.done for request in self.requests)

@@ -22,8 +22,9 @@ from typing import Any, Self
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 # no sandbox: containers seldom allow one, and the only page that is opened is ours
 FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-extensions",
-    "--disable-background-networking", "--disable-component-update", "--mute-audio", "--hide-scrollbars", "--remote-debugging-port=0",
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+    "--disable-extensions", "--disable-background-networking", "--disable-component-update", "--mute-audio", "--hide-scrollbars",
+    "--remote-debugging-port=0",
 )  # fmt: skip
 KEYS = {"Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39, "Tab": 9}
 
@@ -38,7 +39,7 @@ def find() -> str | None:
 
 
 class Browser:
-    """One page in a Chromium of its own, with an empty profile. `problems` collects what it logs as an error: exceptions of scripts,
+    """One page in a Chromium of its own, with an empty profile. `problems` collects what it logs as errors: exceptions of scripts,
     violations of the Content-Security-Policy, requests that fail."""
 
     def __init__(self, executable: str, width: int = 1280, height: int = 900) -> None:

@@ -187,7 +187,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-proof-rows", action="store_true", help="record what was executed in proof_rows.json and proof.json")
-    parser.addoption("--fuzz-rounds", type=int, default=120, help="damaged files for each loader in tests/test_fuzz.py (default: 120)")
+    parser.addoption("--fuzz-rounds", type=int, default=120, help="damaged files a loader in tests/test_fuzz.py (default: 120)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -114,7 +114,7 @@ def check_offsets(block: Any, text: str) -> None:
         if not token.startswith("bytes:") and token != "<|endoftext|>" and offset + len(token) <= len(text):
             assert text[offset : offset + len(token)] == token
             seen += 1
-    assert seen > 5
+    assert seen >= 5
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -126,9 +126,8 @@ def test_a_row_of_nan_fails_alone(own, broken_folder, engine: str) -> None:
         assert [other.result().choices[0].text for other in others] == [expected] * 3
     assert failed.value.code == "numerical_error" and "NaN" in failed.value.message
     assert failed.value.response.headers["x-should-retry"] == "false"
-    stream = live.client.completions.create(**{**good, "prompt": [5] * 190, "max_tokens": 60}, stream=True)
-    with pytest.raises(openai.APIError, match="NaN"):
-        assert 5 <= len(list(stream)) and False
+    with pytest.raises(openai.APIError, match="NaN"):  # as a status, or in the stream, if it has begun
+        list(live.client.completions.create(**{**good, "prompt": [5] * 190, "max_tokens": 60}, stream=True))
     with pytest.raises(openai.InternalServerError, match="NaN"):
         live.client.completions.create(model="tiny", prompt=[5] * 220, max_tokens=0, logprobs=1, echo=True)
     live.idle()
@@ -249,7 +248,7 @@ def test_pings_keep_a_stream_that_waits_alive(own, monkeypatch: pytest.MonkeyPat
     assert answer.getheader("content-type") == "text/event-stream; charset=utf-8" and answer.getheader("x-accel-buffering") == "no"
     assert answer.readline() == b": ping\n"
     live.steps.go()
-    lines = [line for line in answer.read().decode().split("\n\n") if line.strip() and not line.startswith(":")]
+    lines = [line for line in answer.read().decode().strip().split("\n\n") if not line.startswith(":")]
     assert all(line.startswith("data: ") for line in lines) and lines[-1] == "data: [DONE]"
     connection.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def test_a_body_of_the_limit_and_one_beyond(one) -> None:
 
     assert one.ask("/v1/completions", body(4 << 20))[0] == 200
     assert error_of(one.ask("/v1/completions", body((4 << 20) + 1))) == (413, None, "body_too_large")
-    assert error_of(one.ask("/tokenize", body((8 << 20))))[0] == 413
+    assert error_of(one.ask("/tokenize", body(8 << 20)))[0] == 413
 
 
 def test_a_million_times_one_letter(one) -> None:
@@ -148,7 +149,7 @@ def test_keep_alive_and_pipelining(one) -> None:
 
 
 def test_every_error_is_its_exception(own) -> None:
-    live = own(limits={"max_queue": 1, "max_body": 2000, "deadline": 0.15}, api_keys=["right", "other"], key="right")
+    live = own(limits={"max_queue": 1, "max_body": 2000, "deadline": 0.5}, api_keys=["right", "other"], key="right")
     ask = live.client.completions.create
     with pytest.raises(openai.BadRequestError) as error:
         ask(**{**GOOD, "n": -1})
@@ -166,9 +167,10 @@ def test_every_error_is_its_exception(own) -> None:
     live.steps.hold()
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(ask, **GOOD)
+        while not live.service.answers:
+            time.sleep(0.001)
         with pytest.raises(openai.RateLimitError) as error:
-            while True:  # until the first one is in the queue
-                ask(**GOOD)
+            ask(**GOOD)
         assert error.value.response.headers["retry-after"] == "1" and error.value.response.headers["retry-after-ms"] == "1000"
         with pytest.raises(openai.InternalServerError) as late:
             waiting.result()

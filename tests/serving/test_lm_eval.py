@@ -67,7 +67,8 @@ def test_loglikelihood_requests_score_as_in_process(server: LiveServer, folder: 
             batch = cases[first : first + 4]
             answer = ask(server, "/v1/completions", payload([ids for ids, _ in batch]))
             assert [len(c["logprobs"]["token_logprobs"]) for c in answer["choices"]] == [len(ids) + 1 for ids, _ in batch]
-            assert all(c["logprobs"]["token_logprobs"][0] is None and c["logprobs"]["top_logprobs"][0] is None for c in answer["choices"])
+            firsts = [c["logprobs"][name][0] for c in answer["choices"] for name in ("token_logprobs", "top_logprobs")]
+            assert firsts == [None] * len(firsts)
             for (ids, context), (score, is_greedy) in zip(batch, parsed(answer, [c for _, c in batch]), strict=True):
                 assert score == pytest.approx(float(engine.token_logprobs(ids)[context - 1 :].double().sum()), abs=1e-4)
                 assert is_greedy == (ids == [5, 6, 7, *greedy]) or context == len(ids) - 1

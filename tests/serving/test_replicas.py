@@ -52,17 +52,20 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, lis
     gptfast.GPT2LMHeadModel(config).save_pretrained(folder / "small")
     tokenizer.save_pretrained(folder / "small")
     ports = {"8000": free_port(), "8001": free_port(), "8002": free_port()}
-    with LiveServer(folder / "small", port=ports["8001"]) as one, LiveServer(folder / "small", port=ports["8002"]) as two:
-        with subprocess.Popen(configured(folder, ports)) as proxy:
-            url, end = f"http://127.0.0.1:{ports['8000']}", time.monotonic() + 20
-            while time.monotonic() < end:
-                try:
-                    urllib.request.urlopen(f"{url}/ready", timeout=5).close()
-                    break
-                except OSError:
-                    time.sleep(0.05)
-            yield url, [one, two]
-            proxy.terminate()
+    with (
+        LiveServer(folder / "small", port=ports["8001"]) as one,
+        LiveServer(folder / "small", port=ports["8002"]) as two,
+        subprocess.Popen(configured(folder, ports)) as proxy,
+    ):
+        url, end = f"http://127.0.0.1:{ports['8000']}", time.monotonic() + 20
+        while time.monotonic() < end:
+            try:
+                urllib.request.urlopen(f"{url}/ready", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.05)
+        yield url, [one, two]
+        proxy.terminate()
 
 
 def ask(url: str, **body: Any) -> dict[str, Any]:
