@@ -38,17 +38,14 @@ def kept(logits, order="gptfast", temperature=1.0, **filters):
 
 @pytest.fixture(params=["eager", "cpp"])
 def either(request):
-    """The definition and the C++ kernel."""
-    if request.param == "cpp":
-        testing.requires("cpp", backend.EXTENSIONS["_C"])
+    testing.requires("cpp", backend.EXTENSIONS["_C"] if request.param == "cpp" else None)
     with backend(sample=request.param):
-        yield request.param
+        yield
 
 
 # ------------------------------------------------------------------------------------------------------------------------ the draw
 
 
-@pytest.mark.usefixtures("either")
 def test_the_draw_is_gumbel_max_with_the_published_noise():
     logits = torch.randn(5, 1000) * 3
     seed, position, choice = torch.arange(5) * 2**33 - 2**34, torch.arange(5) * 100, torch.arange(5)
@@ -61,7 +58,6 @@ def test_the_draw_is_gumbel_max_with_the_published_noise():
     assert result.token.dtype == torch.int64 and result.status.tolist() == [0] * 5 and result.status.dtype == torch.int8
 
 
-@pytest.mark.usefixtures("either")
 def test_a_row_does_not_depend_on_its_batch():
     logits = torch.randn(6, 300) * 4
     seed, position = torch.arange(6), torch.arange(6) + 3
@@ -72,7 +68,6 @@ def test_a_row_does_not_depend_on_its_batch():
         assert int(alone.token) == int(together.token[b])
 
 
-@pytest.mark.usefixtures("either")
 def test_draws_follow_the_filtered_probabilities():
     x = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -2.0])
     rows = 5_000
@@ -84,7 +79,6 @@ def test_draws_follow_the_filtered_probabilities():
     assert float(((counts - expected)[:3] ** 2 / expected[:3]).sum()) < 13.8
 
 
-@pytest.mark.usefixtures("either")
 def test_low_precision_and_strided_logits():
     base = (torch.randn(4, 100) * 3).bfloat16()
     assert torch.equal(run(base).token, run(base.float()).token)
@@ -201,7 +195,6 @@ def test_greedy_takes_the_lowest_of_equal_ids(greedy):
     assert result.token.unique().tolist() == [1]
 
 
-@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("temperature", [1e-8, 1e-37, 1e30, 3e38])
 def test_extreme_temperatures(temperature):
     logits = torch.tensor([[1e30, -1e30, 1e30 * 0.999, 0.0]] * 40)
@@ -211,7 +204,6 @@ def test_extreme_temperatures(temperature):
     assert len(flat.unique()) == 4
 
 
-@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("value", [-1.0, NAN, INF])
 def test_temperatures_that_are_not_allowed(value):
     with pytest.raises(Error, match="temperature"):
@@ -284,7 +276,6 @@ def test_penalties_by_the_book():
     assert biased[0, 0] == -4.0  # the bias comes before the penalty: 2 - 4 is negative, and is multiplied
 
 
-@pytest.mark.usefixtures("either")
 def test_counts_take_the_drawn_tokens():
     counts = torch.zeros(3, 10, dtype=torch.int32)
     logits = torch.randn(3, 10)
@@ -303,7 +294,6 @@ def test_bits_there_and_back(count):
     assert (int(words[0, 0]) >> 0) & 1 == int(mask[0, 0])
 
 
-@pytest.mark.usefixtures("either")
 def test_top_log_probabilities():
     logits = torch.tensor([[1.0, 3.0, 3.0, -0.0, 0.0, 2.0]])
     result = run(logits, 0.0, top_n=6)
@@ -323,7 +313,6 @@ def test_processed_log_probabilities_are_those_of_the_draw():
     assert torch.allclose(raw.top_logprobs[0], logits[0].log_softmax(0).sort(descending=True).values)
 
 
-@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize(
     "arguments, words",
     [
