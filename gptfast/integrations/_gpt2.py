@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptfast import backend, ops
+import gptfast.backend as backend
+from gptfast import ops
 from gptfast.layers import hooked
 
 _FUSED_ATTENTION = ("eager", "sdpa")  # values of attn_implementation whose masks are read here

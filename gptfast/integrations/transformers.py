@@ -130,5 +130,6 @@ def _wants_weights() -> bool:
         from transformers.utils.output_capturing import _active_collector
     except ImportError:
         return True
-    wanted = _active_collector.get()
+    collector: Any = _active_collector
+    wanted = collector.get()
     return wanted is not None and "attentions" in wanted

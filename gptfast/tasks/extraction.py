@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gptfast.errors import Error
 from gptfast.generation.loop import evaluating, prefill
 
 if TYPE_CHECKING:
@@ -18,8 +19,11 @@ def extract(
     model: GPT2LMHeadModel, prompts: Sequence[tuple[Sequence[int], Sequence[int]]], longest: int
 ) -> list[tuple[list[int], float]]:
     """The answer to each (prompt, context), both ids: at most `longest` ids that stand side by side in the context, without the
-    <|endoftext|> that ends them, and the model's log-probability of both. An answer has at least one token."""
+    <|endoftext|> that ends them, and the model's log-probability of both. An answer has at least one token.
+    Raises gptfast.Error for a model without an end."""
     end, room = model.config.eos_token_id, model.config.n_positions
+    if end is None:
+        raise Error("the model has no eos_token_id, which ends an answer")
     answers: list[list[int]] = [[] for _ in prompts]
     totals = [0.0] * len(prompts)
     places = [list(range(len(context))) for _, context in prompts]  # where in its context each answer may go on

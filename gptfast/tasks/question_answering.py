@@ -104,7 +104,7 @@ class QuestionAnswering(Task):
         return texts(tokenizer, rows), confidence
 
     def answer(self, model: Any, tokenizer: GPT2Tokenizer, examples: Sequence[Question]) -> list[dict[str, Any]]:
-        """answer ("" where the model abstains), its probability, abstains, and where it abstains what it would have said, "withheld"."""
+        """answer ("" where the model abstains), its probability, abstains, and what it would have said ("withheld")."""
         found = zip(*self.confident(model, tokenizer, examples), examples, strict=True)
         made = []
         for text, confidence, example in found:

@@ -81,7 +81,7 @@ def _question(where: str, context: Any, qa: Any, labelled: bool) -> Question | L
         given = []
     elif not isinstance(given, list) or (labelled and not given):
         return LoadError(f"{where}: answers are missing, and is_impossible is not true")
-    texts = [answer.get("text") if isinstance(answer, dict) else None for answer in given]
+    texts: list[Any] = [answer.get("text") if isinstance(answer, dict) else None for answer in given]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         return LoadError(f"{where}: answers hold {shown(given)}; objects with a text are needed")
     return Question(context=context.strip(), question=qa["question"].strip(), answers=tuple(texts), id=str(qa.get("id", "")))

@@ -80,7 +80,8 @@ class Translation(Task):
 
     def prompt(self, example: Pair, tokenizer: GPT2Tokenizer) -> list[int]:
         """The ids that a translation follows."""
-        return tokenizer.encode(example.source + SEPARATOR)
+        ids: list[int] = tokenizer.encode(example.source + SEPARATOR)
+        return ids
 
     def encode(self, example: Pair, tokenizer: GPT2Tokenizer, context: int) -> Encoded:
         """Raises gptfast.Error where source and target are longer than the context: neither can be cut."""
