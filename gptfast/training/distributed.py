@@ -6,7 +6,7 @@ and counts of targets are added over the ranks and gradients are sums too, divid
 weighs less, and the norm that clips is that of the whole gradient. A step whose gradient is not finite on one rank is so on all.
 
 ddp: the whole model on every rank; gradients are added while the backward pass still runs, in a step's last microbatch alone.
-fsdp: parameters, gradients and optimizer state are split by rows, a block's parameters are put together while it is computed, in the
+fsdp: parameters, gradients and optimizer state are split by rows; a block's parameters are put together while it runs, in the
 dtype of the computation (its own working copy). The optimizer's parameters are then this rank's rows, plain tensors on the same
 memory, so that its kernels know nothing of all this.
 
@@ -141,7 +141,7 @@ class Group(Parallel):
         self._leave()
 
     def _leave(self, stopped: bool = False) -> None:
-        """No process ends before all are done; torchrun ends the rest with SIGTERM as soon as one ends with a code that is not 0."""
+        """No process ends before all are done; as soon as one ends with a code but 0, torchrun sends SIGTERM to the rest."""
         if stopped and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         dist.barrier()
@@ -230,7 +230,8 @@ class FSDP(Group):
                 dist.broadcast(parameter, 0)
         if self.main:  # the model without its numbers, for plain()
             self._empty = copy.deepcopy(model, {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in whole.values()})
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing is added to a block's output in place
+        # nothing is added to a block's output in place
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
         mesh = init_device_mesh(self.device.type, (self.world,))
         policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32, cast_forward_inputs=False)
         for module in [*(module for module in model.modules() if isinstance(module, Block)), model]:
