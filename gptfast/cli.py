@@ -20,7 +20,7 @@ import gptfast
 from gptfast.commands import GROUPS, app, chat, machine, note, plan, run, serve, start, task
 from gptfast.errors import Error
 
-__all__ = ["app", "chat", "machine", "main", "plan", "run", "serve", "start", "task"]  # importing them adds their commands to the app
+__all__ = ["app", "chat", "machine", "main", "plan", "run", "serve", "start", "task"]  # importing them adds their commands
 app.registered_commands.sort(key=lambda info: GROUPS.index(str(info.rich_help_panel)))  # the help lists them in this order
 
 

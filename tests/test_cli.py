@@ -75,12 +75,8 @@ def _commands() -> dict[str, Any]:
 
 def test_commands_are_those_that_exist() -> None:
     assert set(_commands()) == {
-<<<<<<< HEAD
         "demo", "prepare", "train", "estimate", "plot", "generate", "score", "evaluate", "chat", "convert", "backends", "doctor",
-        "finetune", "predict",
-=======
-        "demo", "prepare", "train", "generate", "score", "evaluate", "chat", "serve", "convert", "backends", "doctor",
->>>>>>> serve
+        "finetune", "predict", "serve",
     }
 
 

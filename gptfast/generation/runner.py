@@ -73,9 +73,6 @@ class Runner(Protocol):
     def logits(self, batch: Batch) -> Tensor:
         """Runs the new tokens: instead of each draw its logits, fp32 [draws, vocab] on the model's device. Rows may be None."""
 
-    def logits(self, batch: Batch) -> Tensor:
-        """Runs the new tokens: instead of each draw its logits, fp32 [draws, vocab] on the model's device. Rows may be None."""
-
     def decode(self, batch: Batch, steps: int) -> list[Drawn]:
         """Repeats step() for sequences of one new token and one draw, each drawn token being the next step's new one. Returns after
         1 to `steps` steps: earlier once any sequence drew one of row.stop_ids or failed, or after interrupt(). No row looks at what
