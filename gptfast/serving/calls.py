@@ -155,8 +155,8 @@ class CompletionCall(Call):
         ids, values, tops = [*first[0], *answer.token_ids], [*first[1], *answer.logprobs], [*first[2], *tops_of(answer)]
         logprobs = Legacy(self.served.tokenizer).block(ids, values, tops) if self.logprobs is not None else None
         return {
-            "index": prompt * self.n + place, "text": before + answer.text, "logprobs": logprobs, "finish_reason": answer.finish_reason,
-            "seed": answer.seed,
+            "index": prompt * self.n + place, "text": before + answer.text, "logprobs": logprobs,
+            "finish_reason": answer.finish_reason, "seed": answer.seed,
         }
 
     def _block(self, prompt: int, choice: int, ids: Any, logprobs: Any, tops: Any) -> dict[str, Any]:

@@ -205,8 +205,8 @@ def own(folder: Path) -> Iterator[Callable[..., Live]]:
     """Makes servers of one's own, with settings; they are closed at the end."""
     made: list[Live] = []
 
-    def make(path: Path = folder, batch: int = 32, limits: dict[str, Any] | None = None, key: str = "none", **settings: Any) -> Live:
-        made.append(Live(lambda: Engine(path, device="cpu", threads=1, batch=batch), key, limits=Limits(**(limits or {})), **settings))
+    def make(path: Path = folder, limits: dict[str, Any] | None = None, key: str = "none", **settings: Any) -> Live:
+        made.append(Live(lambda: Engine(path, device="cpu", threads=1), key, limits=Limits(**(limits or {})), **settings))
         return made[-1].ready()
 
     yield make

@@ -52,7 +52,8 @@ def test_asynchronous(one) -> None:
 
 
 def test_without_a_limit_an_answer_may_fill_the_context(one) -> None:
-    answer = one.client.chat.completions.create(model="tiny", messages=ASKED, seed=3, extra_body={"ignore_eos": True}, temperature=0)
+    extra = {"ignore_eos": True}
+    answer = one.client.chat.completions.create(model="tiny", messages=ASKED, seed=3, extra_body=extra, temperature=0)
     assert answer.choices[0].finish_reason == "stop" or answer.usage.total_tokens == 256
 
 
@@ -62,7 +63,8 @@ def test_without_a_limit_an_answer_may_fill_the_context(one) -> None:
         ({"messages": []}, "messages"), ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": " "}]}, "messages"), ({"messages": [{"role": "user"}]}, "messages.0.content"),
         ({"top_logprobs": 2}, "top_logprobs"), ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"), ({"response_format": {"type": "json_object"}}, None),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, None),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]}, None),
     ],
 )
@@ -74,8 +76,9 @@ def test_what_is_not_allowed_is_named(one, change: dict[str, Any], param: str | 
 
 def test_templates_are_chosen_by_name(own, folder) -> None:
     live = own(template="markdown")
-    status, body, _ = live.ask("/tokenize", {"messages": [{"role": "user", "content": "dog"}]})
-    assert status == 200 and live.engine.tokenizer.decode(body["tokens"]) == dialogue.render([{"role": "user", "content": "dog"}], "markdown")
+    messages = [{"role": "user", "content": "dog"}]
+    status, body, _ = live.ask("/tokenize", {"messages": messages})
+    assert status == 200 and live.engine.tokenizer.decode(body["tokens"]) == dialogue.render(messages, "markdown")
     with pytest.raises(gptfast.Error, match="template is 'jinja'; allowed: plain, markdown"):
         gptfast.serving.create_app(str(folder), template="jinja")
 

@@ -103,7 +103,8 @@ def test_log_probabilities(live, tokenizer) -> None:
         assert top[token] == value <= 0 and 3 <= len(top) <= 4
     check_offsets(block, answer.text)
     only = live.client.completions.create(prompt="The quick", logprobs=0, **SAMPLED).choices[0].logprobs
-    assert only.token_logprobs == block.token_logprobs and all(list(top) == [t] for t, top in zip(only.tokens, only.top_logprobs, strict=True))
+    assert only.token_logprobs == block.token_logprobs
+    assert [list(top) for top in only.top_logprobs] == [[token] for token in only.tokens]
 
 
 def check_offsets(block: Any, text: str) -> None:

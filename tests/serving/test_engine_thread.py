@@ -98,13 +98,12 @@ def test_a_client_that_sends_half_a_request(own) -> None:
 
 def test_a_client_that_reads_nothing_is_cut_off_and_nobody_waits_for_it(own) -> None:
     live = own(limits={"send_timeout": 0.3})
-    data = json.dumps({**LONG, "stream": True, "n": 16, "logprobs": 20, "prompt": ["fox"] * 6}).encode()
+    data = json.dumps({**LONG, "stream": True, "n": 16, "logprobs": 20, "prompt": ["fox"] * 2}).encode()
     raw = socket.socket()
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     raw.connect(("127.0.0.1", live.port))
-    raw.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(data) + data
-    )
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+    raw.sendall(head.encode() + data)
     eventually(lambda: live.service.answers, "the request is there")
     assert live.client.completions.create(model="tiny", prompt="dog", max_tokens=3).usage.completion_tokens <= 3
     eventually(lambda: not live.service.answers, "the slow client is cut off", 20)
@@ -162,12 +161,14 @@ def test_503_while_loading_and_what_could_not_be_loaded(folder) -> None:
     with TestClient(create_app(slowly, name="tiny")) as client:
         for path in ("/ready", "/v1/models"):
             answer = client.get(path)
-            assert answer.status_code == 503 and answer.headers["retry-after"] == "1" and answer.json()["error"]["code"] == "unavailable"
+            assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
+            assert answer.json()["error"]["code"] == "unavailable"
         assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 503 and client.get("/health").status_code == 200
         assert client.get("/openapi.json").status_code == 200 and "gptfast:num_requests_running 0.0" in client.get("/metrics").text
         gate.set()
         eventually(lambda: client.get("/ready").status_code == 200, "the model is loaded", 30)
-        assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2, "ignore_eos": True}).json()["usage"]["total_tokens"] == 3
+        answer = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2, "ignore_eos": True})
+        assert answer.json()["usage"]["total_tokens"] == 3
 
     def never() -> Engine:
         raise Error("no such model")
@@ -192,7 +193,8 @@ def test_the_end_finishes_what_runs_or_cancels_it(own, seconds: float) -> None:
     live = own(limits={"drain": seconds})
     live.steps.hold()
     with ThreadPoolExecutor(2) as pool:
-        running = pool.submit(live.client.completions.create, model="tiny", prompt="dog", max_tokens=40, extra_body={"ignore_eos": True})
+        extra = {"ignore_eos": True}
+        running = pool.submit(live.client.completions.create, model="tiny", prompt="dog", max_tokens=40, extra_body=extra)
         stream = pool.submit(lambda: list(live.client.completions.create(model="tiny", prompt="fox", max_tokens=40, stream=True)))
         eventually(lambda: len(live.service.thread.jobs) == 2, "both are there")
         live.server.drain()

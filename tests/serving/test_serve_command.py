@@ -34,15 +34,14 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 def start(folder: Path, *flags: str, **environment: str) -> tuple[subprocess.Popen[str], str, list[str]]:
     """The process, its URL, and the lines it has printed so far and will print."""
     command = [sys.executable, "-P", "-m", "gptfast", "serve", str(folder), "--port", "0", "--threads", "1", *flags]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
     lines: list[str] = []
     assert process.stderr is not None
     for line in process.stderr:
         lines.append(line)
         found = re.search(r"http://127\.0\.0\.1:\d+", line)
         if found:
-            rest = process.stderr
-            threading.Thread(target=lambda: lines.extend(rest), daemon=True).start()
+            threading.Thread(target=lines.extend, args=[process.stderr], daemon=True).start()
             return process, found[0], lines
     raise AssertionError(f"it does not start: {''.join(lines)}")
 
@@ -54,9 +53,8 @@ def test_a_process_serves_until_sigterm(folder: Path) -> None:
             assert client.models.list().data[0].id == "mine"
             answer = client.completions.create(model="mine", prompt="The quick", max_tokens=4, seed=1)
             assert answer.usage is not None and answer.usage.completion_tokens <= 4
-            stream = client.completions.create(
-                model="mine", prompt="fox", max_tokens=200, stream=True, extra_body={"ignore_eos": True}, stream_options={"include_usage": True}
-            )
+            extra: dict[str, Any] = {"extra_body": {"ignore_eos": True}, "stream_options": {"include_usage": True}}
+            stream = client.completions.create(model="mine", prompt="fox", max_tokens=200, stream=True, **extra)
             next(iter(stream))
             process.send_signal(signal.SIGTERM)
             *_, last = stream
@@ -73,7 +71,8 @@ def test_a_process_serves_until_sigterm(folder: Path) -> None:
     [
         (["--port", "70000"], "--port is 70000"), (["--template", "jinja"], "--template is 'jinja'; allowed: plain"),
         (["--api-key-file", "/no/such"], "API key file /no/such"), (["--api-key-env", "NO_SUCH_NAME"], "NO_SUCH_NAME"),
-        (["--host", "256.0.0.1", "--port", "0"], "--host 256.0.0.1"), (["--max-n", "0"], "--max-n is 0"), (["--batch", "x"], "--batch"),
+        (["--host", "256.0.0.1", "--port", "0"], "--host 256.0.0.1"), (["--max-n", "0"], "--max-n is 0"),
+        (["--batch", "x"], "--batch"),
     ],
 )
 def test_what_it_cannot_start_with_is_one_line(run: Run, folder: Path, arguments: list[str], message: str) -> None:
