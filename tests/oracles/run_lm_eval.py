@@ -124,7 +124,8 @@ def main(words: list[str]) -> int:
         arguments = f"model={options.model.name},base_url={server.url}/v1/completions,tokenizer_backend=remote"
         arguments += f",custom_prefix_token_id={end}"
         served = run(options.lm_eval, folder, "served", "local-completions", f"{arguments},max_length={context}", 8)
-        theirs = run(options.lm_eval, folder, "hf", "hf", f"pretrained={options.model},dtype=float32,max_length={context - 2}", 1)  # equal windows
+        their_arguments = f"pretrained={options.model},dtype=float32,max_length={context - 2}"  # windows of equal lengths
+        theirs = run(options.lm_eval, folder, "hf", "hf", their_arguments, 1)
         own = in_process(options.model, found)
     failed = False
     for task in TASKS:
