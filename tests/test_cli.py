@@ -87,7 +87,7 @@ def _commands() -> dict[str, Any]:
 
 def test_commands_are_those_that_exist() -> None:
     assert set(_commands()) == {
-        "demo", "prepare", "train", "generate", "score", "evaluate", "chat", "convert", "backends", "doctor",
+        "demo", "prepare", "train", "generate", "score", "evaluate", "chat", "serve", "convert", "backends", "doctor",
     }
 
 
