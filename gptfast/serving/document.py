@@ -69,7 +69,7 @@ def _bound(schemas: dict[str, Any], service: Service) -> None:
         for field, high in most.items():
             for part in properties.get(field, {}).get("anyOf", []):
                 if part.get("type") == "integer":
-                    part["maximum"] = high
+                    part |= {"minimum": int(field in ("n", "best_of")), "maximum": high}
         if "model" in properties and name != "Error":
             properties["model"] = {"enum": [service.name, None], "title": "Model"}
         if service.served is not None:

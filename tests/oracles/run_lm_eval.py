@@ -119,10 +119,13 @@ def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="gptfast-lm-eval-") as name, LiveServer(options.model) as server:
         folder, found = Path(name), documents(options.data, options.limit)
         write_tasks(folder, found)
-        context = json.loads((options.model / "config.json").read_text())["n_positions"]
+        config = json.loads((options.model / "config.json").read_text())
+        context, end = config["n_positions"], config["eos_token_id"]  # /tokenize reads <|endoftext|> as text: its id is given
         arguments = f"model={options.model.name},base_url={server.url}/v1/completions,tokenizer_backend=remote"
+        arguments += f",custom_prefix_token_id={end}"
         served = run(options.lm_eval, folder, "served", "local-completions", f"{arguments},max_length={context}", 8)
-        theirs = run(options.lm_eval, folder, "hf", "hf", f"pretrained={options.model},dtype=float32,max_length={context - 1}", 1)
+        their_arguments = f"pretrained={options.model},dtype=float32,max_length={context - 2}"  # windows of equal lengths
+        theirs = run(options.lm_eval, folder, "hf", "hf", their_arguments, 1)
         own = in_process(options.model, found)
     failed = False
     for task in TASKS:
