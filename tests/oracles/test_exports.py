@@ -45,8 +45,8 @@ def test_ctranslate2s_greedy_tokens_are_ours(export: Path, tmp_path: Path) -> No
     names = {index: token for token, index in json.loads((export / "vocab.json").read_text(encoding="utf-8")).items()}
     prompts = [torch.randint(0, len(tokenizer) - 1, (1 + number % 12,)).tolist() for number in range(PROMPTS)]
     made = generator.generate_batch(
-        [[names[token] for token in prompt] for prompt in prompts], max_length=NEW, sampling_topk=1, include_prompt_in_result=False,
-        end_token="<|endoftext|>",
+        [[names[token] for token in prompt] for prompt in prompts], max_length=NEW, max_batch_size=1, sampling_topk=1,
+        include_prompt_in_result=False, end_token="<|endoftext|>",
     )  # fmt: skip
     compared = 0
     for prompt, theirs in zip(prompts, made, strict=True):
@@ -58,7 +58,7 @@ def test_ctranslate2s_greedy_tokens_are_ours(export: Path, tmp_path: Path) -> No
                 assert float(logits[mine] - logits[other]) < 1e-4 * float(logits.abs().max())
                 break
             compared += 1
-    assert compared > 0.98 * PROMPTS * NEW / 2 and len({token for each in made for token in each.sequences_ids[0]}) > 100
+    assert compared > 0.9 * PROMPTS * NEW and len({token for each in made for token in each.sequences_ids[0]}) > 50
 
 
 def test_a_gguf_of_the_folder_holds_its_weights(export: Path, tmp_path: Path) -> None:

@@ -42,8 +42,9 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     end = tokenizer.eos_token_id
     torch.manual_seed(0)
     config = GPT2Config(
-        len(tokenizer), 48, 64, 2, 2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=end, eos_token_id=end
-    )
+        len(tokenizer), 48, 64, 2, 2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=end, eos_token_id=end,
+        initializer_range=0.08,
+    )  # fmt: skip
     GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -126,9 +127,9 @@ def test_a_language_is_learned_and_beams_are_those_of_generate(untrained: Path, 
         (tmp_path / name).write_text("".join(f"{source}\t{target}\n" for source, target in pairs(count, seed)))
     out = tmp_path / "run"
     config = TrainConfig(
-        str(tmp_path / "train.tsv"), str(out), str(untrained), lr=4e-3, batch=32, save_every=0, device="cpu", threads=1
+        str(tmp_path / "train.tsv"), str(out), str(untrained), lr=5e-3, batch=32, save_every=0, device="cpu", threads=1
     )
-    result = finetune("translation", config, FinetuneConfig(epochs=5, val_data=str(tmp_path / "val.tsv")), quiet=True)
+    result = finetune("translation", config, FinetuneConfig(epochs=12, val_data=str(tmp_path / "val.tsv")), quiet=True)
     assert result["best"]["bleu"] > 80 and recorded(out) == Translation()
     measured = evaluate(out, tmp_path / "val.tsv", device="cpu")
     assert measured["bleu"] > 80 and measured["beams"] == 4 and measured["pairs"] == 30 and "chrf_signature" in measured
