@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from gptfast import checkpoint
@@ -356,7 +357,7 @@ def start(config: TrainConfig) -> Parallel:
     if not dist.is_initialized():
         _store, rank, world = next(rendezvous("env://"))
         # after a restart torchrun's store still holds what the dead processes said
-        _store = dist.PrefixStore(f"gptfast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", _store)
+        _store = PrefixStore(f"gptfast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", _store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=_store, rank=rank, world_size=world)
     engine = {"ddp": DDP, "fsdp": FSDP}[config.parallel]
     return engine(torch.device("cuda" if on_gpu else "cpu"), _store)

@@ -104,7 +104,8 @@ class Step:
         self.params: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
         device = self.params[0].device
         self._lr = torch.zeros(1, device=device)
-        self._memory = backend.step_memory(device)
+        # sharded gradients lie among buffers that FSDP2 frees block by block: memory that is kept would be left in pieces
+        self._memory = contextlib.nullcontext() if self.parallel.casts else backend.step_memory(device)
         self.copies = None if dtype == torch.float32 or self.parallel.casts else [p.detach().to(dtype) for p in self.params]
         self._dtype = dtype
         self.loss_scale = LossScale(device) if dtype == torch.float16 else None
