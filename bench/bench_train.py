@@ -228,6 +228,7 @@ def _command(case: Any, dtype: str, data: Path, out: Path, steps: int, skip: int
     options = {
         **shape, **drop, "batch": case.batch, "context": case.length, "lr": case.lr, "beta2": case.beta2, "steps": steps,
         "dtype": {"float32": "fp32", "bfloat16": "bf16"}[dtype], "device": "cpu", "eval-every": 0, "save-every": 0,
+        "log-every": 1 if steps < 50 else 10,
         "activation-function": "gelu", "threads": torch.get_num_threads(),
     }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
