@@ -2,6 +2,7 @@
 
     pytest bench/bench_train.py -k "124m and bfloat16" --nanogpt PATH     a table a model and dtype; every candidate in one run
     pytest bench/bench_train.py -k "train_py" --nanogpt PATH              gptfast's Trainer beside nanoGPT's train.py, as a command
+    pytest bench/bench_train.py -k "loop and char"                        `gptfast train` as a command beside the bare step
     pytest bench/bench_train.py -k "memory and char"                      peak resident memory of 20 steps, a process a candidate
     pytest bench/bench_train.py -k "curve and char-4x128"                 loss curves: as close to fp32 eager as eager itself is
     pytest bench/bench_train.py -k "profile and 124m" --profile           where the time of gptfast's step goes, by op
@@ -13,11 +14,13 @@ seconds, so a sample there is one call. Nothing is timed before its first steps 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -210,6 +213,63 @@ def test_train_py(options: Any, tmp_path: Path, name: str) -> None:
         ratio = statistics.median(samples["train.py"]) / timing.median
         print(f"{label} {dtype}: {timing.median * 1e3:.1f} ms an iteration (spread {timing.spread:.2f}), {ratio:.2f}x train.py")
     save(f"train_loop {name}", rows, peer_command=command, text=text)
+
+
+# ------------------------------------------------------------------------------------------------------------- the loop around it
+
+
+LOOP = {"124m": (4, 1), "char-4x128": (600, 50), "char-6x384": (6, 1)}  # steps a round, of them not counted
+
+
+def _command(case: Any, dtype: str, data: Path, out: Path, steps: int, skip: int) -> float:
+    """Seconds a step of `gptfast train` in a process of its own, from the clock in its log; nothing is evaluated or saved."""
+    shape = {"n-layer": case.layers, "n-head": case.heads, "n-embd": case.width, "n-positions": case.context}
+    drop = {f"{part}-pdrop": case.dropout for part in ("resid", "embd", "attn")}
+    options = {
+        **shape, **drop, "batch": case.batch, "context": case.length, "lr": case.lr, "beta2": case.beta2, "steps": steps,
+        "dtype": {"float32": "fp32", "bfloat16": "bf16"}[dtype], "device": "cpu", "eval-every": 0, "save-every": 0,
+        "log-every": 1 if steps < 50 else 10,
+        "activation-function": "gelu", "threads": torch.get_num_threads(),
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-P", "-m", "gptfast", "train", "--data", str(data), "--out", str(out), *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    clock = {line["step"]: line["seconds"] for line in read_log(out / "log.jsonl") if line["event"] == "step"}
+    first, last = min(step for step in clock if step >= skip), max(clock)
+    return (clock[last] - clock[first]) / (last - first)
+
+
+@each_dtype
+@each_case
+def test_loop(options: Any, tmp_path: Path, name: str, dtype: str) -> None:
+    """`gptfast train`, with its log and its real loader, has at least 95 % of the rate of the bare step (-k "loop and char")."""
+    from gptfast.data import prepare
+
+    case, (steps, skip) = cases.CASES[name], LOOP[name]
+    (tmp_path / "text.txt").write_text(cases.text())
+    # a tokenizer of no more ids than the case's model has: the products of the head are the same
+    meta = prepare([tmp_path / "text.txt"], tmp_path / "data", train_tokenizer=max(case.vocab, 320), val=0.0, progress=False)
+    case = dataclasses.replace(case, vocab=-(-meta["vocab_size"] // 64) * 64)
+    bare = cases.build("gptfast", case, dtype, case.dropout)
+    task, runs = _task(bare, case), itertools.count()
+
+    def step() -> float:
+        start = time.perf_counter()
+        for _ in range(steps - skip):
+            task()
+        return (time.perf_counter() - start) / (steps - skip)
+
+    def loop() -> float:
+        return _command(case, dtype, tmp_path / "data", tmp_path / f"run-{next(runs)}", steps, skip)
+
+    task()
+    timings = bench.alternate({"step": step, "gptfast train": loop}, options.rounds)
+    ratio = timings["step"].median / timings["gptfast train"].median
+    save(f"train_loop bare {name} {dtype}", [result("train_loop", case, dtype, n, t) for n, t in timings.items()], ratio=ratio)
+    shown = ", ".join(f"{n} {t.median * 1e3:.1f} ms (spread {t.spread:.2f})" for n, t in timings.items())
+    print(f"\n{name} {dtype}: {shown}: {100 * ratio:.1f} % of the bare rate")
+    assert ratio >= 0.95
 
 
 # --------------------------------------------------------------------------------------------------------------- memory, curves

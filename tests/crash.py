@@ -2,12 +2,13 @@
 
     python -P tests/crash.py --runs 200 --seed 0
 
-A tiny run saves at steps 2, 4, 6 and 8 and keeps two checkpoints, so the save of step 6 is the first that removes one. A process is
-forked for each run, stops before that save, and is traced (ptrace) through it: it is killed as it enters a drawn system call between
-the first write of the save and the removal of the oldest checkpoint. Two fifths of the kills are drawn uniformly over all of these
-calls, the others uniformly within each of the save's phases in turn, since a rename is few calls and a removal is many. Then the run is
-resumed in another process. It has to find a checkpoint that verifies, no older than the last complete one, and to end with the bits of
-a run that nobody killed: weights, optimizer, random generators. Ends with 1 where one of them does not.
+A tiny run saves at steps 2, 4, 6 and 8 and keeps two checkpoints, so the save of step 6 is the first that removes one. A
+process is forked for each run, stops before that save, and is traced (ptrace) through it: it is killed as it enters a drawn
+system call between the first write of the save and the removal of the oldest checkpoint. Two fifths of the kills are drawn
+uniformly over all of these calls, the others uniformly within each of the save's phases in turn, since a rename is few calls
+and a removal is many. Then the run is resumed in another process. It has to find a checkpoint that verifies, no older than the
+last complete one, and to end with the bits of a run that nobody killed: weights, optimizer, random generators. Ends with 1
+where one of them does not.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Call(NamedTuple):
 
 
 class _Phases:
-    """Which phase of a save a system call belongs to, told from the files that were opened before it; None before the first file."""
+    """Which phase of a save a system call belongs to, told from the files opened before it; None before the first file."""
 
     def __init__(self) -> None:
         self.now: str | None = None

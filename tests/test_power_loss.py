@@ -1,11 +1,12 @@
-"""Power cuts, simulated: the file operations of saves are recorded, and whatever a disk may have kept of any prefix of them is built.
+"""Power cuts, simulated: the file operations of saves are recorded, and whatever a disk may have kept of any prefix of them is
+built.
 
-The disk of this simulation promises what POSIX does and no more. What was written to a file is there after fsync of that file; without
-one it is there, missing, torn or zeros. A name in a folder is there after fsync of that folder; without one each creation, removal
-and rename may or may not have happened, whatever happened to the others. A rename is one change.
+The disk of this simulation promises what POSIX does and no more. What was written to a file is there after fsync of that file;
+without one it is there, missing, torn or zeros. A name in a folder is there after fsync of that folder; without one each
+creation, removal and rename may or may not have happened, whatever happened to the others. A rename is one change.
 
-What has to hold at every point: a checkpoint whose save had returned is there and verifies unless a newer one does, and a folder with
-a final name is complete, up to the moment where its removal begins.
+What has to hold at every point: a checkpoint whose save had returned is there and verifies unless a newer one does, and a
+folder with a final name is complete, up to the moment where its removal begins.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class Recorder:
         patch.setattr(Path, "mkdir", make)
 
     def open_file(self, path: Any, mode: str = "r") -> Any:
-        file = builtins.open(path, mode)
+        file = builtins.open(path, mode)  # noqa: SIM115 - closed by whom it is for
         if "w" not in mode:
             return file
         self.add("create", path)
@@ -221,7 +222,8 @@ class Disk:
             inode = todo.pop()
             found += [(inode, change) for change in inode.changes]
             todo += [child for child in {**inode.names, **inode.live}.values() if child.folder]
-            todo += [child for _, _, child in inode.changes if child is not None and child.folder and child not in inode.live.values()]
+            gone = [child for _, _, child in inode.changes if child is not None and child not in inode.live.values()]
+            todo += [child for child in gone if child.folder]
         return found
 
     def tree(self, way: str, kept: list[tuple[Inode, Any]]) -> dict[str, bytes | None]:

@@ -163,7 +163,7 @@ def _op_of(path: Path) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if _runs_twice(metafunc.definition.path):
+    if _runs_twice(metafunc.definition.path) and metafunc.definition.get_closest_marker("once") is None:
         metafunc.fixturenames.insert(0, "backend_choice")
         metafunc.parametrize("backend_choice", ["table", "eager"], indirect=True)
     if "target" not in metafunc.fixturenames:
@@ -192,6 +192,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     required()  # an unknown name ends the run here
+    config.addinivalue_line("markers", "once: not repeated on eager, in a file whose tests are")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C, and so would our children
     # a folder named kernels on sys.path would shadow Hugging Face's package of that name, for which transformers looks
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
+import sys
 from pathlib import Path
 
 import torch
 
-# what torch's CPU allocator and C++ say; CUDA's allocator raises torch.OutOfMemoryError
-_SAID = ("can't allocate memory", "not enough memory", "std::bad_alloc")
+# what torch's CPU allocator, C++ and oneDNN say; CUDA's allocator raises torch.OutOfMemoryError
+_SAID = ("can't allocate memory", "not enough memory", "std::bad_alloc", "could not create a primitive")
 
 
 def exhausted(error: BaseException) -> bool:
@@ -16,6 +19,16 @@ def exhausted(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _SAID)
+
+
+def release(device: torch.device) -> None:
+    """Gives back what the allocators keep of freed memory: a GPU's, and glibc's where that is the C library."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def peak(device: torch.device) -> int | None:

@@ -161,6 +161,7 @@ class Trainer:
             noise = torch.get_rng_state()
             seen: list[int] = []
             sums: Sums | None = None
+            reason = ""
             try:
                 sums = self.step.gradients(self._microbatches(self.progress.step, seen))
             except (RuntimeError, MemoryError) as error:
@@ -169,19 +170,19 @@ class Trainer:
                 if self.parallel.world > 1:  # the others wait in the middle of an exchange
                     size = self.progress.microbatch
                     raise Error(f"out of memory with a microbatch of {size}; give the processes a smaller --microbatch") from error
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             if sums is not None:
                 return self.step.apply(sums, learning_rate(self.progress.step, self.config)), sum(seen)
-            self._halve(report)  # the exception is gone by now, and with it the tensors that its frames held
+            self._halve(report, reason)  # the exception is gone by now, and with it the tensors that its frames held
             torch.set_rng_state(noise)
 
-    def _halve(self, report: Report) -> None:
+    def _halve(self, report: Report, reason: str) -> None:
         self.step.discard()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        memory.release(self.device)
         size, half = self.progress.microbatch, (self.progress.microbatch + 1) // 2
         if size == 1:
             ways = "--activation-checkpointing, a shorter --context or a smaller model"
-            raise Error(f"memory is too small for one sequence of {self.context:,} tokens; ways to need less: {ways}")
+            raise Error(f"memory is too small for one sequence of {self.context:,} tokens ({reason}); ways to need less: {ways}")
         self.progress.microbatch = half
         parts = -(-self.config.batch // half)
         report.record("microbatch", sequences=half)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -94,11 +95,12 @@ def test_fp16s_step_is_fp32s_and_its_scale_moves() -> None:
     assert seen == [8, 8, 16, 16, 8, 8, 8, 16]
 
 
+@pytest.mark.once
 def test_wsd_falls_only_at_the_end() -> None:
     config = TrainConfig(steps=100, lr=1.0, min_lr=0.1, warmup=10, schedule="wsd", decay=0.2)
     rates = [learning_rate(step, config) for step in range(100)]
     assert rates[9:80] == [1.0] * 71 and rates[99] == pytest.approx(0.1) and rates[89] == pytest.approx(0.55)
-    assert all(a > b for a, b in zip(rates[79:], rates[80:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[79:]))
     longer = TrainConfig(steps=1000, lr=1.0, min_lr=0.1, warmup=10, schedule="wsd", decay=0.2)
     assert [learning_rate(step, longer) for step in range(80)] == rates[:80]
     assert learning_rate(99, TrainConfig(steps=100, lr=1.0, schedule="wsd", decay=0.0, warmup=0)) == 1.0
@@ -126,6 +128,7 @@ def test_activation_checkpointing_has_the_same_gradients(dtype: torch.dtype) -> 
     assert [name for name, grad in found[0][1].items() if grad is None or not torch.equal(grad, found[1][1][name])] == []
 
 
+@pytest.mark.once
 def test_activation_checkpointing_needs_less_memory() -> None:
     testing.requires("cpp", backend.EXTENSIONS["_C"])
     held = []
@@ -138,6 +141,7 @@ def test_activation_checkpointing_needs_less_memory() -> None:
     assert held[1] < 0.4 * held[0], f"{held[0] / 1e6:.0f} MB without, {held[1] / 1e6:.0f} MB with"
 
 
+@pytest.mark.once
 def test_torch_compile_is_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced and split into forward and backward; code generation is PyTorch's matter."""
     torch._dynamo.reset()
@@ -173,6 +177,7 @@ class Small:
         return result
 
 
+@pytest.mark.once
 def test_out_of_memory_halves_the_microbatch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = trainer(tmp_path / "whole", batch=8, log_samples=True)
     whole.fit()
@@ -208,20 +213,23 @@ torch.set_num_threads(1)
 from gptfast.config import GPT2Config, TrainConfig
 from gptfast.model import GPT2LMHeadModel
 from gptfast.training import Trainer
-def run(steps):
+def run(size=None):
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_positions=256, n_embd=64, n_layer=4, n_head=4, eos_token_id=0,
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_positions=128, n_embd=64, n_layer=2, n_head=4, eos_token_id=0,
                                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
-    config = TrainConfig(steps=steps, batch=64, warmup=0, eval_every=0, log_every=1, device="cpu")
+    config = TrainConfig(steps=1, batch=64, microbatch=size, warmup=0, eval_every=0, log_every=1, device="cpu")
     trainer = Trainer(model, torch.arange(40000) % 500, None, config)
     return trainer.fit()["loss"], trainer.progress.microbatch
-whole = run(2)
+whole = run()
+for size in (32, 16, 8):  # oneDNN makes code for each shape, and needs address space of its own for it
+    run(size)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (96 << 20),) * 2)
-print(*whole, *run(2))
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)
+print(*whole, *run())
 """
 
 
+@pytest.mark.once
 def test_a_process_whose_address_space_is_limited_goes_on() -> None:
     done = subprocess.run([sys.executable, "-P", "-c", LIMITED], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -233,6 +241,7 @@ def test_a_process_whose_address_space_is_limited_goes_on() -> None:
 # ------------------------------------------------------------------------------------------------------------ evaluation and stop
 
 
+@pytest.mark.once
 def test_it_stops_when_it_gets_no_better_and_keeps_the_best(tmp_path: Path) -> None:
     scores = iter([1.0, 3.0, 2.0, 2.5, 2.9, 3.0])
     run = trainer(tmp_path / "run", 50, eval_every=2, patience=3, keep_best=True)
@@ -258,7 +267,7 @@ def test_the_interval_is_that_of_a_ratio() -> None:
     run = trainer(batch=2, microbatch=2, eval_sequences=12)
     assert isinstance(run.val, Loader)
     values = run.evaluate()
-    means = [float(loss) / int(n) for i in range(6) for loss, n in [run.step.loss_sum(run.val.rows([2 * i, 2 * i + 1]))]]
+    means = [float(loss.detach()) / int(n) for i in range(6) for loss, n in [run.step.loss_sum(run.val.rows([2 * i, 2 * i + 1]))]]
     exact = torch.tensor(means, dtype=torch.float64)
     assert values["val_loss"] == pytest.approx(float(exact.mean()), rel=1e-6)
     assert values["val_ci"] == pytest.approx(1.96 * float(exact.std()) / math.sqrt(6), rel=1e-4)
@@ -294,16 +303,18 @@ def test_a_tasks_own_rows(tmp_path: Path) -> None:
     for size in (5, 2):  # parts with unequal numbers of targets
         config = TrainConfig(out=str(tmp_path / str(size)), steps=20, batch=5, microbatch=size, lr=1e-2, warmup=2, eps=1e-3)
         results.append(Trainer(make(), source, source, config, quiet=True).fit())
-    assert results[0]["tokens"] == 20 * 5 * (3 + 4.5) and results[0]["val_loss"] < 2
+    assert results[0]["tokens"] == 20 * 5 * (3 + 4.5) and results[0]["val_loss"] < 3
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-3)
     with pytest.raises(Error, match="rows of 12 tokens; the context is 8"):
         Trainer(make(), source, None, TrainConfig(context=8))
 
 
+@pytest.mark.once
 def test_every_sample_goes_into_the_weights_once(tmp_path: Path) -> None:
     """One epoch over 20 stops: half of them save (SIGTERM), half lose what was done since the last checkpoint (a crash)."""
     def once() -> Trainer:
-        config = TrainConfig(out=str(tmp_path / "run"), steps=100, batch=3, microbatch=2, save_every=3, eval_every=0, log_samples=True)
+        shape: dict[str, Any] = {"steps": 100, "batch": 3, "microbatch": 2}
+        config = TrainConfig(out=str(tmp_path / "run"), save_every=3, eval_every=0, log_samples=True, **shape)
         return Trainer(make(), torch.arange(300 * 16 + 1) % 61, None, config, quiet=True)
 
     rng, stops, lost = random.Random(4), 0, 0
@@ -340,6 +351,7 @@ def test_every_sample_goes_into_the_weights_once(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- what a run leaves behind
 
 
+@pytest.mark.once
 def test_the_model_card_says_what_was_done(tmp_path: Path) -> None:
     run = trainer(tmp_path / "run", seed=7)
     result = run.fit()
@@ -353,6 +365,7 @@ def test_the_model_card_says_what_was_done(tmp_path: Path) -> None:
     assert TrainConfig(**read_yaml(tmp_path / "config.yaml", keys(TrainConfig))) == run.config
 
 
+@pytest.mark.once
 def test_tensorboard_gets_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     trainer(tmp_path / "run", tensorboard=True).fit()
@@ -367,6 +380,7 @@ def test_tensorboard_gets_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         trainer(tmp_path / "other", tensorboard=True).fit()
 
 
+@pytest.mark.once
 def test_weights_and_biases_gets_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a stand-in: what is called, and with what. WANDB_MODE=offline is the way to try the real one without a network."""
     rows: list[tuple[int, dict[str, Any]]] = []
@@ -382,6 +396,7 @@ def test_weights_and_biases_gets_the_log(tmp_path: Path, monkeypatch: pytest.Mon
         trainer(tmp_path / "other", wandb=True).fit()
 
 
+@pytest.mark.once
 def test_the_line_says_what_it_measures(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from gptfast import benchmark
     from gptfast.training import report

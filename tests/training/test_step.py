@@ -53,6 +53,22 @@ def test_accumulation_is_weighted_by_tokens(cuts: tuple[int, ...]) -> None:
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_with_unequal_targets_have_the_gradients_of_the_whole(dtype: torch.dtype) -> None:
+    whole = batch()
+    sums, grads = [], []
+    for cuts in ([slice(0, 6)], [slice(0, 1), slice(1, 2), slice(2, 6)]):
+        model, step = make(dtype)
+        sums.append(step.gradients([part(whole, rows) for rows in cuts]))
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    counts = [int((whole.targets[rows] != -100).sum()) for rows in cuts]
+    assert len(set(counts)) == 3 and int(sums[0].targets) == int(sums[1].targets) == sum(counts)
+    torch.testing.assert_close(sums[0].loss, sums[1].loss, rtol=1e-5, atol=0)
+    off = 1e-5 if dtype == torch.float32 else 1e-2  # a part's gradient is rounded before it is added
+    for name, grad in grads[0].items():
+        assert grad is not None and float((grads[1][name] - grad).norm()) <= off * float(grad.norm()), name
+
+
 def test_loss_and_norm_are_those_of_the_mean() -> None:
     whole = batch()
     model, step = make()
