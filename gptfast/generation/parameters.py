@@ -28,7 +28,9 @@ class SamplingParams:
     top_p: float = option(1.0, "keep the most probable tokens that together hold this mass (1: all, 0: greedy)", low=0.0, high=1.0)
     min_p: float = option(0.0, "keep tokens at least this fraction as probable as the best (0: all)", low=0.0, high=1.0)
     typical_p: float = option(1.0, "keep the most typical tokens that together hold this mass (1: all)", low=0.0, high=1.0)
-    repetition_penalty: float = option(1.0, "divides positive logits of tokens seen in prompt and output, multiplies negative ones")
+    repetition_penalty: float = option(  # beyond these bounds logits would leave fp32
+        1.0, "divides positive logits of tokens seen in prompt and output, multiplies negative ones", low=1e-6, high=1e6
+    )
     frequency_penalty: float = option(0.0, "subtracted for each time a token is in the output")
     presence_penalty: float = option(0.0, "subtracted once if a token is in the output")
     logit_bias: dict[int, float] | None = option(None, "added to single tokens' logits, by id; -inf bans")  # noqa: RUF009
@@ -57,8 +59,6 @@ class SamplingParams:
             setattr(self, name, tuple(value or ()))
         for field in fields(self):
             self._check_scalar(field.name, str(field.type), field.metadata)
-        if self.repetition_penalty <= 0:
-            raise Error(f"repetition_penalty is {self.repetition_penalty!r}; allowed: a positive number")
         self._check_lists()
 
     def _check_scalar(self, name: str, kind: str, metadata: Mapping[str, Any]) -> None:
