@@ -67,10 +67,11 @@ def write_json(path: Path, value: Any) -> str:
     return digest.hexdigest()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor] | None = None) -> str:
     """Writes and fsyncs a safetensors file (8 bytes header length, JSON header, data); returns its SHA-256 in hex.
 
-    One tensor at a time is copied to the host, so that a save needs no second copy of the model.
+    One tensor at a time is copied to the host, so that a save needs no second copy of the model. `whole` puts a sharded tensor
+    together, when it is its turn.
     """
     header: dict[str, Any] = {}
     offset = 0
@@ -85,7 +86,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         _write(file, len(text).to_bytes(8, "little") + text, digest)
         for tensor in tensors.values():
             if tensor.numel():
-                flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+                full = tensor.detach() if whole is None else whole(tensor.detach())
+                flat = full.to("cpu").contiguous().reshape(-1)
                 _write(file, flat.view(torch.uint8).numpy(), digest)
         file.flush()
         os.fsync(file.fileno())
@@ -119,6 +121,7 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.whole: Callable[[Tensor], Tensor] | None = None
         self.files: dict[str, dict[str, Any]] = {}
 
     def _add(self, name: str, sha256: str) -> None:
@@ -130,7 +133,7 @@ class Folder:
 
     def tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Adds a safetensors file."""
-        self._add(name, write_tensors(self.path / name, tensors))
+        self._add(name, write_tensors(self.path / name, tensors, self.whole))
 
 
 def save(run: Path, step: int, fill: Callable[[Folder], None], keep: int = 2) -> Path:

@@ -182,6 +182,9 @@ class TrainConfig:
     compile: bool = option(False, "run forward and backward through torch.compile")
     device: str = option("auto", "where it runs; auto is cuda where there is a GPU", choices=("auto", "cpu", "cuda"))
     threads: int | None = option(None, "CPU threads (default: PyTorch's choice)", low=1)
+    parallel: str = option(
+        "ddp", "under torchrun: ddp keeps the model on every process, fsdp splits parameters and optimizer", choices=("ddp", "fsdp")
+    )
     seed: int = option(0, "seed of the initial weights, the order of the data and dropout", low=0, high=2**63 - 1)
     log_every: int = option(10, "steps between two lines of log.jsonl", low=1)
     eval_every: int = option(250, "steps between two evaluations (0: none)", low=0)

@@ -84,11 +84,14 @@ def train(
     for name in ("data", "out"):
         if not getattr(settings, name):
             raise Error(f"--{name} is needed: {TRAIN_KEYS[name].help}")
+    from gptfast.training.distributed import processes
     from gptfast.training.run import train as fit
 
     shared = Common(device=settings.device, threads=settings.threads, backend=common.backend)
     with running(shared, show=False):
         result = fit(settings, model, resume=resume)
+    if processes()[0]:
+        raise typer.Exit()  # the first process prints
     if not common.json:
         held_out = f", held-out loss {result['val_loss']:.4f}" if "val_loss" in result else ""
         print(f"{settings.out}: step {result['step']:,}, loss {result['loss']:.4f}{held_out}, {result['tokens_per_s']:,} tokens/s")

@@ -40,8 +40,11 @@ class Report:
     `with report:` shows the line. loss: mean over the steps of the last record. seconds, tokens: of this process's steps.
     """
 
-    def __init__(self, config: TrainConfig, progress: Progress, flops: float, device: torch.device, quiet: bool) -> None:
+    def __init__(
+        self, config: TrainConfig, progress: Progress, flops: float, device: torch.device, quiet: bool, rank: int = 0
+    ) -> None:
         self.config, self.progress, self.flops, self.device = config, progress, flops, device
+        self.rank = rank
         self.line = Line(not quiet)
         self.log, self.trackers = Log(None), Trackers(TrainConfig(), None, 0)
         self.loss, self.seconds, self.tokens = math.nan, 0.0, 0
@@ -59,12 +62,15 @@ class Report:
 
     def open(self, out: Path | None, event: str, **facts: Any) -> None:
         """Opens the log and the trackers of the run in `out` and writes the first record."""
-        self.trackers = Trackers(self.config, out, self.progress.step)
-        self.log = Log(None if out is None else out / "log.jsonl")
+        self.trackers = Trackers(TrainConfig() if self.rank else self.config, out, self.progress.step)
+        name = f"log.rank{self.rank}.jsonl" if self.rank else "log.jsonl"
+        self.log = Log(out / name if out is not None and (not self.rank or self.config.log_samples) else None)
         self.record(event, **facts)
 
     def record(self, event: str, **values: Any) -> None:
-        """A record of log.jsonl; a log that cannot be written is said once."""
+        """A record of log.jsonl; a log that cannot be written is said once. Ranks after the first record samples alone."""
+        if self.rank and event != "samples":
+            return
         problem = self.log.write(event, step=self.progress.step, **values)
         if problem:
             self.line.say(f"warning: {problem}")

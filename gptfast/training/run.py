@@ -16,6 +16,7 @@ from gptfast.errors import Error, LoadError
 from gptfast.model import GPT2LMHeadModel
 from gptfast.tokenizer import GPT2Tokenizer
 from gptfast.training import log
+from gptfast.training.distributed import start
 from gptfast.training.state import check_out
 from gptfast.training.trainer import Trainer, resolve_device
 
@@ -32,7 +33,14 @@ def train(
     for name in ("data", "out"):
         if not getattr(config, name):
             raise Error(f"train: --{name} is needed")
-    check_out(Path(config.out), resume)
+    parallel = start(config)
+    with parallel.together():
+        return _train(config, model_config, resume or parallel.restarted, quiet or not parallel.main, parallel.main)
+
+
+def _train(config: TrainConfig, model_config: GPT2Config | None, resume: bool, quiet: bool, main: bool) -> dict[str, Any]:
+    if main:
+        check_out(Path(config.out), resume)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     meta = data.read_meta(config.data)

@@ -37,42 +37,43 @@ class Progress:
     stale: int = 0
 
 
-def trained(model: Any) -> dict[str, Tensor]:
-    """The parameters that are trained, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def trained(step: Step) -> dict[str, Tensor]:
+    """The parameters that are trained, by name; of sharded ones this process's part."""
+    return {name: p for name, p in step.parallel.parameters.items() if p.requires_grad}
 
 
 def fill(folder: checkpoint.Folder, step: Step, progress: Progress, config: TrainConfig, data: DataSource) -> None:
     """Adds the files of a checkpoint: weights, optimizer, states of the random generators, and state.json."""
     random, states = checkpoint.random_state()
     optimizer: dict[str, Tensor] = {}
-    for name, p in trained(step.model).items():
+    for name, p in trained(step).items():
         optimizer |= {f"{key}.{name}": value for key, value in step.optimizer.state[p].items()}
     if step.loss_scale is not None:
         optimizer |= {"loss_scale.scale": step.loss_scale.scale, "loss_scale.good": step.loss_scale.good}
-    weights(folder, step.model)
-    folder.tensors("optimizer.safetensors", optimizer)
+    weights(folder, step)
+    folder.tensors("optimizer.safetensors", step.parallel.whole(optimizer))
     folder.tensors("random.safetensors", states)
     model: Any = step.model
     folder.json("state.json", {
-        "version": checkpoint.VERSION, **dataclasses.asdict(progress), "data": data.fingerprint,
+        "version": checkpoint.VERSION, **dataclasses.asdict(progress), "data": data.fingerprint, "processes": step.parallel.world,
         "config": dataclasses.asdict(config), "model": dataclasses.asdict(model.config), "random": random,
     })  # fmt: skip
 
 
-def weights(folder: checkpoint.Folder, model: Any) -> None:
+def weights(folder: checkpoint.Folder, step: Step) -> None:
     """Adds the model's parameters."""
-    folder.tensors("model.safetensors", dict(model.named_parameters()))
+    folder.tensors("model.safetensors", step.parallel.whole(step.parallel.parameters))
 
 
-def load_weights(folder: Path, model: Any) -> None:
+def load_weights(folder: Path, step: Step) -> None:
     """Copies a checkpoint's parameters into the model. Raises gptfast.LoadError where they are another model's."""
     stored = checkpoint.read_tensors(folder / "model.safetensors")
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name not in stored or stored[name].shape != p.shape:
+        for name, p in step.parallel.parameters.items():
+            part = step.parallel.part(name, stored[name]) if name in stored else None
+            if part is None or part.shape != p.shape:
                 raise LoadError(f"resume: {folder} holds another model: {name} does not fit")
-            p.copy_(stored[name])
+            p.copy_(part)
 
 
 def load(folder: Path, step: Step, config: TrainConfig, data: DataSource) -> Progress:
@@ -86,26 +87,30 @@ def load(folder: Path, step: Step, config: TrainConfig, data: DataSource) -> Pro
             raise Error(f"resume: {name} was {old} in {folder}, now it is {new}; a resumed run keeps it")
     if state["data"] != data.fingerprint:
         raise Error(f"resume: the training data is not what {folder} was trained on; give the same --data, or another --out")
-    load_weights(folder, step.model)
+    load_weights(folder, step)
     _load_optimizer(folder, step)
     step.refresh()
     checkpoint.set_random_state(state["random"], checkpoint.read_tensors(folder / "random.safetensors"))
     known = {field.name for field in dataclasses.fields(Progress)}
     progress = Progress(**{name: value for name, value in state.items() if name in known})
     progress.tokens = state.get("tokens", progress.step * config.batch * data.context)
-    if state["config"].get("microbatch") != config.microbatch or "microbatch" not in state:
-        progress.microbatch = min(config.microbatch or config.batch, config.batch)  # asked for anew
+    again = state["config"].get("microbatch"), state.get("processes", 1)
+    if again != (config.microbatch, step.parallel.world) or "microbatch" not in state:
+        rows = step.parallel.rows(config)
+        progress.microbatch = min(config.microbatch or rows, rows)  # asked for anew
     return progress
 
 
 def _load_optimizer(folder: Path, step: Step) -> None:
     """Into the tensors that the optimizer reserved: parameters that share a step counter go on sharing it."""
     moments = checkpoint.read_tensors(folder / "optimizer.safetensors")
-    wanted = {f"{key}.{name}": t for name, p in trained(step.model).items() for key, t in step.optimizer.state[p].items()}
-    for name, tensor in wanted.items():
-        if name not in moments or moments[name].shape != tensor.shape:
-            raise LoadError(f"resume: {folder} holds another optimizer's state: {name} does not fit")
-        tensor.copy_(moments[name])
+    for name, p in trained(step).items():
+        for key, tensor in step.optimizer.state[p].items():
+            whole = moments.get(f"{key}.{name}")
+            part = None if whole is None else step.parallel.part(name, whole)
+            if part is None or part.shape != tensor.shape:
+                raise LoadError(f"resume: {folder} holds another optimizer's state: {key}.{name} does not fit")
+            tensor.copy_(part)
     if step.loss_scale is not None and "loss_scale.scale" in moments:
         step.loss_scale.scale.copy_(moments["loss_scale.scale"])
         step.loss_scale.good.copy_(moments["loss_scale.good"])

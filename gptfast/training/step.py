@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import gptfast.backend as backend
-from gptfast import ops
 from gptfast.training.loader import Batch
 from gptfast.training.optimizer import AdamW
+from gptfast.training.parallel import Parallel
 
 
 class StepResult(NamedTuple):
@@ -95,20 +95,25 @@ class Step:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: AdamW, dtype: torch.dtype = torch.float32, clip: float = 1.0, compile: bool = False
-    ) -> None:
-        self.model, self.optimizer, self.clip = model, optimizer, clip
+        self, model: nn.Module, optimizer: AdamW, dtype: torch.dtype = torch.float32, clip: float = 1.0, compile: bool = False,
+        parallel: Parallel | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.optimizer, self.clip, self.parallel = model, optimizer, clip, parallel or Parallel()
+        if parallel is None:
+            self.parallel.prepare(model, dtype)
         self.params: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
         device = self.params[0].device
         self._lr = torch.zeros(1, device=device)
-        self._memory = backend.step_memory(device)
-        self.copies = None if dtype == torch.float32 else [p.detach().to(dtype) for p in self.params]
+        # sharded gradients lie among buffers that FSDP2 frees block by block: memory that is kept would be left in pieces
+        self._memory = contextlib.nullcontext() if self.parallel.casts else backend.step_memory(device)
+        self.copies = None if dtype == torch.float32 or self.parallel.casts else [p.detach().to(dtype) for p in self.params]
         self._dtype = dtype
         self.loss_scale = LossScale(device) if dtype == torch.float16 else None
         self._compiled = torch.compile(model.loss_sum) if compile else None  # type: ignore[call-overload, arg-type]
         self._entered = False
         optimizer.reserve()
         self._groups, self._frozen = self._sites()
+        self.parallel.attach(self)
 
     def _sites(self) -> tuple[list[list[_Site]], list[tuple[nn.Module, str]]]:
         """The uses of trained parameters, those of one block together, and the uses of frozen ones. Embedding tables are left out:
@@ -176,9 +181,9 @@ class Step:
         total = count = None
         numbers: list[Tensor] | None = []
         with self._memory:
-            for batch in batches:
+            for batch in self.parallel.exchanging(batches):
                 with self._copies_in_place():  # around the backward pass too: checkpointed blocks compute again what they need
-                    loss, targets = self.loss_sum(batch)
+                    loss, targets = self.parallel.loss_sum(self, batch)
                     scaled = loss if self.loss_scale is None else loss * self.loss_scale.scale.view(())
                     scaled.backward()  # type: ignore[no-untyped-call]
                 total = loss.detach() if total is None else total + loss.detach()
@@ -195,8 +200,9 @@ class Step:
     def apply(self, sums: Sums, lr: float) -> StepResult:
         """The update from what gradients() left."""
         with self._memory:
-            mean = sums.targets.clamp(min=1).float().reciprocal()
-            norm, finite = ops.grad_norm([p.grad for p in self.params if p.grad is not None])
+            total, count = self.parallel.total(sums.loss, sums.targets)
+            mean = count.clamp(min=1).float().reciprocal()
+            norm, finite = self.parallel.grad_norm(self.params)
             factor = mean if self.loss_scale is None else mean / self.loss_scale.scale
             norm = norm * factor
             scale = factor * (self.clip / (norm + 1e-6)).clamp(max=1.0) if self.clip else factor.view(1)
@@ -204,4 +210,4 @@ class Step:
             if self.loss_scale is not None:
                 self.loss_scale.update(finite)
             self.discard()
-            return StepResult((sums.loss * mean).view(()), norm.view(()), finite, sums.numbers)
+            return StepResult((total * mean).view(()), norm.view(()), finite, sums.numbers)

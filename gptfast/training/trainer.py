@@ -18,7 +18,7 @@ from gptfast import checkpoint
 from gptfast.config import TrainConfig
 from gptfast.data import TokenData
 from gptfast.errors import Error
-from gptfast.training import card, memory, muon, state
+from gptfast.training import card, distributed, memory, muon, state
 from gptfast.training.loader import Batch, DataSource, Loader
 from gptfast.training.optimizer import AdamW, groups
 from gptfast.training.report import Report, facts, flops_per_token
@@ -56,6 +56,8 @@ class Trainer:
         self.model, self.config, self.tokenizer, self.quiet = model, config or TrainConfig(), tokenizer, quiet
         self.measure, self.about = measure, about
         config = self.config
+        self.parallel = distributed.start(config)
+        self.rows = self.parallel.rows(config)
         self.device = resolve_device(config.device)
         wrong = next((n for n, p in model.named_parameters() if p.dtype != torch.float32), None)
         if wrong is not None:
@@ -70,15 +72,17 @@ class Trainer:
             raise Error("keep_best needs held-out data and --out, where the best weights are kept")
         model.to(self.device)
         model.transformer.gradient_checkpointing = config.activation_checkpointing
-        self.step = Step(model, self._optimizer(), DTYPES[config.dtype], config.clip, config.compile)
+        self.parallel.prepare(model, DTYPES[config.dtype])
+        self.step = Step(model, self._optimizer(), DTYPES[config.dtype], config.clip, config.compile, self.parallel)
         self.optimizer = self.step.optimizer
-        self.progress = Progress(microbatch=min(config.microbatch or config.batch, config.batch))
-        self._signal: int | None = None
+        self.progress = Progress(microbatch=min(config.microbatch or self.rows, self.rows))
+        self._signal: int | None = None  # that this process got
+        self._stop: int | None = None  # that any process got
         self._saved = -1
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
 
     def _optimizer(self) -> AdamW:
-        config, named = self.config, self.model.named_parameters()
+        config, named = self.config, self.parallel.parameters.items()
         betas = config.beta1, config.beta2
         if config.optimizer == "adamw":
             return AdamW(groups(named, config.weight_decay), config.lr, betas, config.eps)
@@ -120,7 +124,8 @@ class Trainer:
         much for the memory.
         """
         progress, config = self._open(resume), self.config
-        report = Report(config, progress, flops_per_token(self.model, self.context), self.device, self.quiet)
+        quiet = self.quiet or not self.parallel.main
+        report = Report(config, progress, flops_per_token(self.model, self.context), self.device, quiet, self.parallel.rank)
         self.model.train()
         with report, self._signals():
             given = facts(config, self.model)
@@ -128,6 +133,7 @@ class Trainer:
             while not self._ended():
                 start = time.perf_counter()
                 result, tokens = self._compute(report)
+                tokens, self._stop = self.parallel.agree(tokens, self._signal)
                 progress.step += 1
                 progress.tokens += tokens
                 report.add(result, tokens)
@@ -150,6 +156,7 @@ class Trainer:
 
     def _compute(self, report: Report) -> tuple[StepResult, int]:
         """One step: its result and its tokens. The batch is the same whatever memory allows to compute at once."""
+        self.parallel.seed(self.config.seed, self.progress.step)
         while True:
             noise = torch.get_rng_state()
             seen: list[int] = []
@@ -160,6 +167,9 @@ class Trainer:
             except (RuntimeError, MemoryError) as error:
                 if not memory.exhausted(error):
                     raise
+                if self.parallel.world > 1:  # the others wait in the middle of an exchange
+                    size = self.progress.microbatch
+                    raise Error(f"out of memory with a microbatch of {size}; give the processes a smaller --microbatch") from error
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             if sums is not None:
                 return self.step.apply(sums, learning_rate(self.progress.step, self.config)), sum(seen)
@@ -180,9 +190,9 @@ class Trainer:
 
     def _microbatches(self, step: int, seen: list[int]) -> Iterator[Batch]:
         """The batch of a step in parts; the tokens of each are added to `seen`."""
-        first = step * self.config.batch
-        for offset in range(0, self.config.batch, self.progress.microbatch):
-            batch = self.loader.samples(first + offset, min(self.progress.microbatch, self.config.batch - offset))
+        first = step * self.config.batch + self.parallel.rank * self.rows
+        for offset in range(0, self.rows, self.progress.microbatch):
+            batch = self.loader.samples(first + offset, min(self.progress.microbatch, self.rows - offset))
             seen.append(batch.tokens)
             yield batch.to(self.device)
 
@@ -192,12 +202,12 @@ class Trainer:
         if self.val is not None and config.eval_every and step % config.eval_every == 0 and step < config.steps:
             self._judge(report, say=True)
         last = self._ended()
-        if self.out and config.save_every and (step % config.save_every == 0 or last or self._signal is not None):
+        if self.out and config.save_every and (step % config.save_every == 0 or last or self._stop is not None):
             self._save(report)
-        if self._signal is not None:
+        if self._stop is not None:
             report.flush()
             report.line.say(f"stopped at step {step:,}; --resume goes on from step {max(self._saved, 0):,}")
-            raise SystemExit(EXIT_CODES[signal.Signals(self._signal)] if self._saved >= 0 else 1)
+            raise SystemExit(EXIT_CODES[signal.Signals(self._stop)] if self._saved >= 0 else 1)
         if last and step < config.steps:
             since = f"no better than step {self.progress.best_step:,} in {config.patience} evaluations"
             report.line.say(f"stopped at step {step:,}: {since}")
@@ -213,21 +223,24 @@ class Trainer:
         count, size = min(self.config.eval_sequences, self.val.windows), self.progress.microbatch
         numbers = [number * self.val.windows // count for number in range(count)]
         self.model.eval()
-        sums, targets = [], []
-        for first in range(0, count, size):
-            loss, found = self.step.loss_sum(self.val.rows(numbers[first : first + size]).to(self.device))
-            sums.append(float(loss))
-            targets.append(int(found))
+        parts = [numbers[first : first + size] for first in range(0, count, size)]
+        sums, targets = zip(*self.parallel.spread(self._loss_of, parts), strict=True)
         measured = self.measure(self.model) if self.measure is not None else {}
         self.model.train()
-        total, parts = max(sum(targets), 1), len(sums)
+        total = max(sum(targets), 1)
         mean = sum(sums) / total
         # of a ratio of two sums (Cochran 1977, "Sampling Techniques", section 2.11); with equal counts that of a mean
         off = sum((loss - mean * found) ** 2 for loss, found in zip(sums, targets, strict=True))
-        values = {"val_loss": mean, "val_ci": 1.96 * math.sqrt(off * parts / max(parts - 1, 1)) / total}
+        values = {"val_loss": mean, "val_ci": 1.96 * math.sqrt(off * len(parts) / max(len(parts) - 1, 1)) / total}
         if self.val.bytes_per_target:
             values["val_bits_per_byte"] = mean / self.val.bytes_per_target / math.log(2)
         return {**values, **measured}
+
+    def _loss_of(self, numbers: list[int]) -> tuple[float, float]:
+        """Sum of the losses and number of targets of some held-out rows."""
+        assert self.val is not None
+        loss, targets = self.step.loss_sum(self.val.rows(numbers).to(self.device))
+        return float(loss), float(targets)
 
     def _judge(self, report: Report, say: bool) -> dict[str, float]:
         """Evaluates, unless this step was, and compares with the best so far."""
@@ -250,10 +263,12 @@ class Trainer:
 
     def _open(self, resume: bool) -> Progress:
         """Starts afresh, or from the newest checkpoint."""
-        if self.out is not None:
+        resume = resume or self.parallel.restarted
+        if self.out is not None and self.parallel.main:
             check_out(self.out, resume)
             self.out.mkdir(parents=True, exist_ok=True)
-        found = checkpoint.newest(self.out) if resume and self.out is not None else None
+        self.parallel.agree(0, None)  # the folder is there now
+        found = self.parallel.newest(self.out) if resume and self.out is not None else None
         if found is None:
             if resume:
                 warnings.warn(f"run {self.out} has no checkpoint: starting from step 0", stacklevel=3)
@@ -271,15 +286,18 @@ class Trainer:
         step = self.progress.step
         try:
             if best:
-                checkpoint.save(self.out / "best", step, lambda folder: state.weights(folder, self.model), 2)
+                self._write(self.out / "best", lambda folder: state.weights(folder, self.step), 2)
             else:
                 fill = lambda folder: state.fill(folder, self.step, self.progress, self.config, self.loader)  # noqa: E731
-                checkpoint.save(self.out, step, fill, self.config.keep)
+                self._write(self.out, fill, self.config.keep)
                 self._saved = step
         except OSError as error:
             reason = error.strerror or str(error)
             report.record("save_failed", reason=reason)
             report.line.say(f"warning: no checkpoint of step {step:,}: {reason}; training goes on")
+
+    def _write(self, run: Path, fill: Callable[[checkpoint.Folder], None], keep: int) -> None:
+        self.parallel.save(lambda fill: checkpoint.save(run, self.progress.step, fill, keep), fill)
 
     def _export(self, report: Report, final: dict[str, float]) -> None:
         """The run's folder becomes a Hugging Face folder with the last weights, or the best ones."""
@@ -290,11 +308,14 @@ class Trainer:
             best = self.out / f"best/checkpoints/step_{progress.best_step:09d}"
             reason = checkpoint.verify(best)
             if reason is None:
-                state.load_weights(best, self.model)
+                state.load_weights(best, self.step)
                 self.step.refresh()
                 final.update(self.evaluate())
             else:
                 report.line.say(f"warning: the best weights are gone ({reason}); the model is the last step's")
+        self.model = self.parallel.plain(self.model)
+        if not self.parallel.main:
+            return
         text = card.card(
             self.out.name, self.model, self.config, progress, self.loader, report.loss, final, self.device, self.about
         )  # fmt: skip
