@@ -73,7 +73,8 @@ class EngineThread(threading.Thread):
         start = time.perf_counter()
         try:
             worked = engine.step()
-            self.failing = self.failing and not worked
+            if any(job.stopped is None for job in list(self._dirty)):  # somebody got something; what gave up does not count
+                self.failing = False
         except KeyboardInterrupt:  # in this thread: hurry() ended a pass before it had anything, and it is made again
             worked = True
         except Exception:
