@@ -144,7 +144,7 @@ def test_a_pickle_that_holds_code_is_not_run(refused: Refused, model: Path, tmp_
         (("--top-k", "0.5"), ("top-k", "0.5")),
         (("--n", "0"), ("--n", "0")),
         (("--max-tokens", "-1"), ("max-tokens", "-1")),
-        (("--repetition-penalty", "0"), ("repetition_penalty", "0")),
+        (("--repetition-penalty", "0"), ("--repetition-penalty", "0")),
         (("--banned-tokens", "5000"), ("5000", "0 to ")),
         (("--logit-bias", "-1=3"), ("-1", "0 to ")),
         (("--stop-token-ids", "99999999999999999999"), ("99999999999999999999",)),

@@ -35,7 +35,9 @@ def run(block: Block, folder: Path) -> None:
     tools = folder / "bin"
     if not tools.exists():
         tools.mkdir()
-        for name, target in (("gptfast", f"{sys.executable} -P -m gptfast"), ("python", sys.executable)):
+        modules = {"gptfast": "-P -m gptfast", "python": "", "torchrun": "-P -m torch.distributed.run"}
+        for name, arguments in modules.items():
+            target = f"{sys.executable} {arguments}".strip()
             (tools / name).write_text(f'#!/bin/sh\nexec {target} "$@"\n')
             (tools / name).chmod(0o755)
     command = ["bash", "-euo", "pipefail", "-c", block.code] if block.language == "sh" else [sys.executable, "-P", "-c", block.code]

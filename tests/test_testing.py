@@ -217,7 +217,7 @@ def test_a_required_proof_cannot_be_skipped(tmp_path: Path) -> None:
 def test_ci_requires_what_needs_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CI", "true")
     monkeypatch.delenv("GPTFAST_REQUIRE", raising=False)
-    assert session.required() == {"cpp", "triton-interpret", "triton-aot", "cuda-build", "cuda-emulated"}
+    assert session.required() == {"cpp", "triton-interpret", "triton-aot", "cuda-build", "cuda-emulated", "browser"}
     monkeypatch.setenv("GPTFAST_REQUIRE", "")
     assert session.required() == frozenset()
     monkeypatch.delenv("CI")
