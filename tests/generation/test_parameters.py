@@ -16,7 +16,8 @@ NAN, INF = float("nan"), float("inf")
     [
         ("temperature", -1), ("temperature", NAN), ("temperature", INF), ("temperature", "hot"), ("temperature", 1e39),
         ("top_k", 2.5), ("top_k", True), ("top_p", 1.0001), ("top_p", -0.1), ("top_p", NAN), ("min_p", 2), ("typical_p", -1),
-        ("repetition_penalty", 0), ("repetition_penalty", -1), ("repetition_penalty", 1e-66), ("repetition_penalty", NAN), ("frequency_penalty", INF),
+        ("repetition_penalty", 0), ("repetition_penalty", -1),
+        ("repetition_penalty", 1e-66), ("repetition_penalty", NAN), ("frequency_penalty", INF),
         ("seed", 2**64), ("seed", -(2**63) - 1), ("seed", 1.0), ("n", 0), ("n", 5000), ("max_tokens", -1), ("min_tokens", -1),
         ("logprobs", -1), ("logprobs", 1001), ("logprobs_mode", "cooked"), ("order", "mine"), ("ignore_eos", 1), ("stop", 5),
         ("stop_token_ids", 5), ("stop_token_ids", "no"), ("allowed_tokens", 7),
