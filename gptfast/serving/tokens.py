@@ -30,15 +30,19 @@ async def respond(service: Service, request: Request, kind: Callable[[Served, by
 
 
 def tokenize(served: Served, body: bytes) -> dict[str, Any]:
-    """A text may be longer than the context here. GPT-2 adds no special tokens, whatever add_special_tokens says."""
+    """A text may be longer than the context here. GPT-2 adds no special tokens, whatever add_special_tokens says. A prompt that is
+    nothing but the token that a text begins or ends with is that token: lm-eval's remote tokenizer asks for its id so."""
     request = read(TokenizeRequest, body)
     if (request.prompt is None) == (request.messages is None):
         raise ApiError(400, "give prompt or messages, one of them", "prompt", "invalid_value")
     if request.prompt is None:
         ids = written(served, request.messages or [], request.add_generation_prompt is not False)
     else:
+        tokenizer = served.tokenizer
+        named = {tokenizer.bos_token: tokenizer.bos_token_id, tokenizer.eos_token: tokenizer.eos_token_id}
+        special = named.get(request.prompt)
         try:
-            ids = served.tokenizer.encode(request.prompt)
+            ids = tokenizer.encode(request.prompt) if special is None else [special]
         except Error as error:
             raise ApiError(400, f"prompt: {error}", "prompt", "invalid_value") from None
     texts = [token_text(served.tokenizer.token_bytes(token)) for token in ids] if request.return_token_strs else None

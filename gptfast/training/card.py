@@ -29,10 +29,11 @@ def _rows(
         ("started from", config.init or f"random weights, seed {config.seed}"),
         ("training data", f"sha256 `{data.fingerprint}`, {data.windows:,} samples"),
         ("tokens seen", f"{progress.tokens:,} in {progress.step:,} steps, {epochs:.2f} epochs; {progress.skipped:,} steps skipped"),
-        ("training loss, last record", f"{loss:.4f} nats a token"),
+        ("training loss, last record", f"{loss:.4f} nats {_unit(model)}"),
     ]
     if "val_loss" in evaluation:
-        rows.append(("held-out loss", f"{evaluation['val_loss']:.4f} ± {evaluation['val_ci']:.4f} nats a token (95 % interval)"))
+        interval = f"{evaluation['val_loss']:.4f} ± {evaluation['val_ci']:.4f}"
+        rows.append(("held-out loss", f"{interval} nats {_unit(model)} (95 % interval)"))
     rest = {key: value for key, value in evaluation.items() if key not in ("val_loss", "val_ci")}
     rows += [(_NAMES.get(key, key.replace("_", " ")), f"{value:.4f}") for key, value in rest.items()]
     if config.keep_best and progress.best_step:
@@ -40,9 +41,16 @@ def _rows(
     return rows
 
 
-def _worth(evaluation: dict[str, float]) -> str:
+def _unit(model: Any) -> str:
+    """What a loss is the mean over."""
+    return "a token" if hasattr(model, "lm_head") else "an example"
+
+
+def _worth(model: Any, evaluation: dict[str, float]) -> str:
     if "val_loss" not in evaluation:
         return "It was not measured on any text that it had not seen: nothing is known of how it does there."
+    if _unit(model) != "a token":
+        return "The figures above are of held-out examples from the same source: on others it does worse by an unknown amount."
     chance = 100 * math.exp(-evaluation["val_loss"])
     return (
         f"On held-out text from the same source it gives the next token a probability of {chance:.1f} % (geometric mean). It was "
@@ -79,7 +87,7 @@ vocabulary {shape.real_vocabulary:,}. Trained with gptfast {__version__} and tor
 
 {about}
 
-{_worth(evaluation)} Whatever is wrong or biased in the data is in the model too.
+{_worth(model, evaluation)} Whatever is wrong or biased in the data is in the model too.
 
 ## Configuration
 

@@ -97,4 +97,6 @@ def test_remote_tokenizer(server: LiveServer, folder: Path) -> None:
     for text in ("The cat sat", "Über 🙂", "", "<|endoftext|>The"):
         ids = ask(server, "/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
         assert ids == tokenizer.encode(text)
+    for name in ("bos_token", "eos_token"):
+        assert ask(server, "/tokenize", {"prompt": info[name], "add_special_tokens": False})["tokens"] == [tokenizer.eos_token_id]
         assert ask(server, "/detokenize", {"tokens": ids})["prompt"] == text

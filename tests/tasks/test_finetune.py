@@ -117,6 +117,7 @@ def test_the_weights_of_the_best_epoch_are_kept(
     monkeypatch.setattr(Classification, "validate", validate)
     result = finetune("sentiment", config(base, moods, tmp_path / "run"), FinetuneConfig(epochs=4), quiet=True)
     assert result["accuracy"] == 0.9 and len(seen) == 5 and result["step"] > result["best_step"] + 10
+    assert "nats an example" in (tmp_path / "run/README.md").read_text()
     kept = weights(tmp_path / "run")["score.weight"]
     assert torch.equal(kept, seen[1]) and torch.equal(kept, seen[4]) and not torch.equal(kept, seen[3])
     records = [record["accuracy"] for record in log.read(tmp_path / "run/log.jsonl") if record["event"] == "eval"]
