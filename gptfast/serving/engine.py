@@ -16,7 +16,7 @@ from gptfast._environment import parse_backend
 from gptfast.backend import use
 from gptfast.generation.engine import Engine, Load
 from gptfast.generation.parameters import SamplingParams
-from gptfast.serving.errors import ApiError
+from gptfast.serving.errors import ApiError, engine_failed
 from gptfast.serving.job import Job
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class EngineThread(threading.Thread):
         if self.metrics is not None:
             self.metrics.failures.inc()
         for job in list(self.jobs):
-            job.stopped = ApiError(500, "the engine failed; the request may be sent again", None, "engine_error")
+            job.stopped = engine_failed()
             for work in job.work:
                 engine.cancel(work)
             self._dirty[job] = None

@@ -48,3 +48,8 @@ def of_status(status: int, detail: Any) -> ApiError:
     """What the framework itself refuses: an unknown path, another method."""
     text = str(detail) if detail else HTTPStatus(status).phrase
     return ApiError(status, text, None, {404: "not_found", 405: "method_not_allowed"}.get(status))
+
+
+def engine_failed() -> ApiError:
+    """500 for what a step that raised was making."""
+    return ApiError(500, "the engine failed; the request may be sent again", None, "engine_error")

@@ -12,7 +12,7 @@ from gptfast.generation.engine import Completion, completion_of, piece_of
 from gptfast.generation.prompt_score import PromptScore
 from gptfast.generation.request import Request
 from gptfast.generation.rows import Row
-from gptfast.serving.errors import ApiError
+from gptfast.serving.errors import ApiError, engine_failed
 
 if TYPE_CHECKING:
     from gptfast.serving.metrics import Metrics
@@ -110,6 +110,8 @@ class Job:
             raise self.stopped
         failed = next((score.error for score in self.scores if score.error), None)
         failed = failed or next((row.error for request in self.requests for row in request.rows if row.error), None)
+        if failed is not None and not failed.startswith("numerical error"):
+            raise engine_failed()  # a pass raised; the engine's thread is about to say so
         if failed is not None:
             raise ApiError(500, failed, None, "numerical_error", {"x-should-retry": "false"})
 

@@ -100,7 +100,7 @@ def test_a_step_over_a_prompt_ends_between_two_blocks(deep, threads):
         start = time.perf_counter()
         right = runner.step(batch)
         whole = time.perf_counter() - start
-        assert whole > 0.2, "too short to be interrupted"
+        assert whole > 0.02, "too short to be interrupted"
         when = timed(whole / 4, runner.interrupt)
         with pytest.raises(Interrupted):
             runner.step(batch)

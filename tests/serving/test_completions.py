@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,8 +17,7 @@ SAMPLED: dict[str, Any] = {"model": "tiny", "max_tokens": 24, "seed": 5, "extra_
 
 def test_a_text_is_the_engines(live) -> None:
     answer = live.client.completions.create(prompt="The quick", **SAMPLED)
-    with ThreadPoolExecutor(1) as other:  # the engine is stepped by its own thread alone; a second one of the same weights would do
-        expected = other.submit(_alone, live, "The quick", 5, 24).result()
+    expected = _alone(live, "The quick", 5, 24)
     assert answer.choices[0].text == expected and answer.choices[0].finish_reason == "length"
     assert answer.object == "text_completion" and answer.id.startswith("cmpl-") and answer.model == "tiny"
     prompt = len(live.engine.tokenizer.encode("The quick"))
@@ -29,12 +29,10 @@ def _alone(live, prompt: str, seed: int, tokens: int) -> str:
     from gptfast.generation.engine import completion_of
 
     params = SamplingParams(temperature=1.0, top_k=0, seed=seed, max_tokens=tokens, ignore_eos=True)
-    done: list[str] = []
-    live.engine.submit(prompt, params, lambda row: row.finish_reason and done.append(completion_of(row).text))
+    texts: queue.SimpleQueue[str] = queue.SimpleQueue()
+    live.engine.submit(prompt, params, lambda row: texts.put(completion_of(row).text) if row.finish_reason else None)
     live.service.thread._work.set()
-    while not done:
-        pass
-    return done[0]
+    return texts.get(timeout=60)
 
 
 def test_prompts_of_every_form_and_many_choices(live, tokenizer) -> None:
